@@ -1,0 +1,1 @@
+"""Shards, index, samples, interleaved sequences and packed rows: the data side, in numpy and grain."""

@@ -1,0 +1,181 @@
+"""Checkpoints of a work directory: Orbax, asynchronous, and always a complete one to go on from.
+
+A checkpoint holds three items: `state` (step, params, opt_state, rng), `input` (the data position and its counters)
+and `config` (the operative config). Orbax writes into a temporary name and renames when all is on disk, so a killed
+writer leaves no directory that looks complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from emu2_jax.config import CheckpointConfig
+from emu2_jax.errors import CheckpointError
+from emu2_jax.sharding import path_of
+
+FOLDER = "checkpoints"
+_INCOMPLETE = ".incomplete"
+
+
+class Checkpointer:
+    """The checkpoints of one work directory.
+
+    `say` receives one line for everything the user should know: an unfinished or unreadable checkpoint, say.
+    """
+
+    def __init__(self, workdir: Path, config: CheckpointConfig, say: Callable[[str], None]) -> None:
+        self._folder = (workdir / FOLDER).absolute()
+        self._say = say
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
+        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax narrates every save at INFO
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep,
+            enable_async_checkpointing=config.asynchronous,
+            step_format_fixed_length=8,
+        )
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=options, item_names=("state", "input", "config")
+        )
+
+    def _remove_unfinished(self) -> None:
+        """A save that was killed leaves a temporary directory: say so, and clear it away."""
+        unfinished = [path for path in self._folder.iterdir() if ocp.utils.is_tmp_checkpoint(path)]
+        for path in unfinished:
+            self._say(f"{path}: this checkpoint was never finished (the run was stopped while writing); ignored")
+            shutil.rmtree(path)
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, input_state: Mapping[str, Any], config_text: str) -> None:
+        """Write a checkpoint; returns when the arrays are copied, not when they are on disk."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                input=ocp.args.JsonSave(dict(input_state)),
+                config=ocp.args.JsonSave({"text": config_text}),
+            ),
+            force=True,
+        )
+
+    def restore(self, abstract_state: Any) -> tuple[Any, Mapping[str, Any]] | None:
+        """State (placed as `abstract_state` says) and input state of the newest checkpoint that can be read.
+
+        None when there is no checkpoint. A checkpoint that cannot be read is moved aside, with a line that says so,
+        and the one before it is used; when there are checkpoints and none can be read, `CheckpointError`.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract_state), input=ocp.args.JsonRestore()
+                    ),
+                )
+            except (ValueError, OSError, KeyError, TypeError) as error:
+                aside = self._set_aside(step)
+                self._say(f"checkpoint {step} cannot be read ({_first_line(error)}); moved to {aside}")
+                continue
+            return restored["state"], restored["input"]
+        if steps:
+            raise CheckpointError(f"{self._folder}: none of the checkpoints {steps} can be read; see the lines above")
+        return None
+
+    def _set_aside(self, step: int) -> Path:
+        source = self._folder / f"{step:08d}"
+        target = source.with_name(source.name + _INCOMPLETE)
+        count = 1
+        while target.exists():
+            target = source.with_name(f"{source.name}{_INCOMPLETE}{count}")
+            count += 1
+        source.rename(target)
+        self._manager.reload()
+        return target
+
+    def wait(self) -> None:
+        """Return when the last save is on disk; raises if it failed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish pending work."""
+        self._manager.close()
+
+
+@contextlib.contextmanager
+def _open_latest(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """The checkpoints of another work directory, to read from, and the newest step."""
+    folder = (workdir / FOLDER).absolute()
+    if not folder.is_dir():
+        raise CheckpointError(f"{workdir}: holds no checkpoint; train that stage first")
+    options = ocp.CheckpointManagerOptions(read_only=True, step_format_fixed_length=8)
+    with ocp.CheckpointManager(folder, options=options, item_names=("state",)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"{workdir}: holds no complete checkpoint; train that stage first")
+        yield manager, step
+
+
+def saved_parts(workdir: Path) -> set[str]:
+    """Names of the parts in the newest checkpoint of a work directory."""
+    with _open_latest(workdir) as (manager, step):
+        return set(manager.item_metadata(step)["state"].tree["params"])
+
+
+#: Fits a saved array to another shape: (parameter path, saved array, wanted shape) -> array, or None if it cannot.
+Fit = Callable[[str, jax.Array, tuple[int, ...]], jax.Array | None]
+
+
+def load_parts(workdir: Path, abstract_params: Mapping[str, Any], fit: Fit) -> dict[str, Any]:
+    """Parameters of the parts in `abstract_params` from the newest checkpoint of another work directory.
+
+    Only those parts are read; each array gets the dtype and sharding of its abstract value. An array of another shape
+    is handed to `fit`. Raises `CheckpointError` when there is no complete checkpoint, a parameter is missing, or a
+    shape differs and `fit` cannot help (naming it).
+    """
+    with _open_latest(workdir) as (manager, step):
+        saved = manager.item_metadata(step)["state"].tree["params"]
+        shapes = {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+
+        def as_saved(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            name = path_of(path)
+            if name not in shapes:
+                raise CheckpointError(f"{workdir}: the checkpoint has no parameter {name}")
+            if shapes[name] == leaf.shape:
+                return leaf
+            # The sharding is that of the wanted shape; the saved one need not divide the same way.
+            everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+            return jax.ShapeDtypeStruct(shapes[name], leaf.dtype, sharding=everywhere)
+
+        target = {"params": jax.tree_util.tree_map_with_path(as_saved, dict(abstract_params))}
+        arguments = ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+        )
+        loaded = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
+
+    def fitted(path: Any, array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if array.shape == leaf.shape:
+            return array
+        name = path_of(path)
+        value = fit(name, array, leaf.shape)
+        if value is None:
+            raise CheckpointError(f"{workdir}: {name} is {array.shape} in the checkpoint, {leaf.shape} here")
+        return jax.device_put(value, leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(fitted, loaded, dict(abstract_params))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

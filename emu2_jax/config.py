@@ -1,0 +1,300 @@
+"""The typed experiment config: every setting of a run, with its unit and where its value comes from.
+
+A recipe (a function in `experiments/`) returns one `ExperimentConfig`; `emu2_jax.overrides` changes leaves of it from
+gin-style lines; `validate` checks what crosses fields. *Paper* is arXiv 2312.13286v2; *release* is the authors' public
+inference code. **open** marks a value that neither states: it is this project's choice, and a setting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from emu2_jax.errors import ConfigError
+
+#: The parts a parameter can belong to: the top-level keys of the parameter tree.
+Part = Literal["visual_encoder", "project_up", "language_model", "project_down", "unet"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The EVA-CLIP visual encoder. Defaults: EVA-02-CLIP-E-plus at 448 px (paper section 2.1; release)."""
+
+    image_size: int = 448  #: pixels, side of the square input. 224 in stage 1a.
+    patch_size: int = 14  #: pixels
+    width: int = 1792  #: channels of the residual stream, and of a visual embedding
+    num_layers: int = 64
+    num_heads: int = 16
+    mlp_width: int = 15360  #: int(1792 x 8.571428571428571)
+    layer_norm_epsilon: float = 1e-6
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """The LLaMA decoder. Defaults: LLaMA-33B with the vocabulary of the Emu2 base release."""
+
+    vocab_size: int = 32272  #: 32000 pieces + 272 special tokens (32274 in Emu2-Chat)
+    width: int = 6656  #: channels of the residual stream
+    num_layers: int = 60
+    num_heads: int = 52
+    num_kv_heads: int = 52  #: equal to num_heads: no grouped-query attention
+    mlp_width: int = 17920  #: inner channels of SwiGLU
+    rms_norm_epsilon: float = 1e-6
+    rope_base: float = 10000.0
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Visual encoder, connector and language model, and how they are computed."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    num_visual_tokens: int = 64  #: N, embeddings per image after pooling; a square number (paper: 64 = 8 x 8)
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of products; norms, softmax and losses are float32
+    frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: storage of parts that do not train
+    remat: Literal["none", "dots", "full"] = "full"  #: what the backward pass recomputes: nothing, all but products, all
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The one next-element loss (paper section 2.2.1) and everything about it that the paper leaves open."""
+
+    text_loss_weight: float = 1.0
+    regression_loss_weight: float = 1.0  #: **open**; 0 = captioning, text only, as in stage 1
+    regression_cosine_weight: float = 0.0  #: **open**; adds this times (1 - cosine) to the squared error
+    supervise_image_start: bool = True  #: **open**; whether predicting [IMG] carries loss (Emu1: no)
+    supervise_image_end: bool = True  #: **open**; whether predicting [/IMG] carries loss (Emu1: no)
+    regress_image_end: bool = False  #: **open**; Emu1's N+1st target: regress the [/IMG] token embedding
+    visual_input_noise: float = 0.0  #: std of noise on visual inputs, relative to their own std; against exposure bias
+    vocab_block_positions: int | None = 512  #: positions of a row whose logits exist at once; None = all
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One stream of samples in webdataset tar shards."""
+
+    name: str  #: unique; override paths say data.sources.<name>.weight
+    kind: Literal["image_text", "interleaved", "text"]  #: layout of a sample, see docs/data.md
+    shards: str  #: path with braces or globs: data/pairs-{000000..000007}.tar, data/pairs-*.tar
+    weight: float = 1.0  #: share of steps (one_source_per_step) or of rows (mixed), relative to the other sources
+    batch_rows: int | None = None  #: rows of a step drawn from this source alone; None = data.global_batch_rows
+    image_slots: int | None = None  #: image slots of a row of this source alone; None = data.image_slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, how it becomes packed rows, and how sources are mixed."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    tokenizer: str = ""  #: path of a SentencePiece model
+    row_length: int = 2048  #: L, positions per packed row (paper: sequences of 2048)
+    image_slots: int = 24  #: M, images that a packed row can hold
+    global_batch_rows: int = 8  #: B, packed rows per optimiser step over all hosts
+    mixing: Literal["one_source_per_step", "mixed"] = "mixed"  #: paper's arithmetic: one_source_per_step
+    image_first_probability: float = 0.5  #: image before its text (paper stage 2: 0.5; captioning: 1)
+    max_document_positions: int | None = None  #: documents are cut here; None = row_length (paper MMC4: 1024)
+    packing_pool: int = 256  #: samples among which the packer chooses
+    read_threads: int = 2  #: threads that read and decode
+    prefetch_batches: int = 2  #: batches ready ahead of the step
+    max_bad_share: float = 0.01  #: the run stops when more than this share of samples cannot be used
+    seed: int = 0  #: order of samples; epochs and sources hash their own seeds from it
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with per-part learning rates. Defaults: paper stage 2."""
+
+    learning_rate: float = 1e-5  #: peak; of every part without its own below
+    visual_encoder_learning_rate: float | None = None  #: paper stage 1: 5e-5
+    connector_learning_rate: float | None = None  #: project_up and project_down; paper stage 1: 1e-4
+    language_model_learning_rate: float | None = None  #: paper stage 1: 3e-5
+    frozen: tuple[Part, ...] = ()  #: parts that do not train: no gradients, no moments
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  #: decay after the warm-up
+    warmup_ratio: float = 0.0  #: share of train.num_steps; the learning rate rises linearly from 0
+    warmup_steps: int | None = None  #: overrides warmup_ratio
+    final_learning_rate_ratio: float = 0.0  #: end of the decay, relative to the peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-6
+    weight_decay: float = 0.0  #: **open** in pretraining; matrices only, never norms or biases
+    clip_norm: float | None = 5.0  #: global gradient norm over all trained parts; None = no clipping
+    accumulation_steps: int = 1  #: micro-batches per step; the result equals one big batch
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  #: of Adam's first moment
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices lie along each mesh axis; the product is the number of devices."""
+
+    data: int = 1  #: replicas of the parameters (across slices on pods)
+    fsdp: int | None = None  #: shards of parameters and batch; None = all devices that are left
+    tensor: int = 1  #: shards of heads, MLP and vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    task: Literal["pretrain", "decoder"] = "pretrain"  #: what is trained: Emu2 itself, or the visual decoder
+    num_steps: int = 1000
+    seed: int = 0  #: initial parameters and every draw inside a step
+    log_every_steps: int = 10  #: a line of metrics.jsonl; every step is checked for finite losses all the same
+    init_from: str | None = None  #: work directory of an earlier stage; the parts it has are taken over
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When state is saved. A last checkpoint is always written."""
+
+    every_steps: int = 500
+    keep: int | None = 2  #: newest checkpoints kept; None = all
+    asynchronous: bool = True  #: training goes on while a checkpoint is written
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """A U-Net of the SDXL family. Defaults: Emu2's decoder (release `unet/config.json`)."""
+
+    in_channels: int = 4  #: latent channels
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280)
+    layers_per_block: int = 2
+    transformer_layers_per_block: tuple[int, ...] = (0, 2, 10)  #: 0 = no attention at that level
+    num_attention_heads: tuple[int, ...] = (5, 10, 20)
+    cross_attention_width: int = 1792  #: width of a visual embedding
+    time_id_width: int = 256  #: sinusoidal channels of each of the six micro-conditions
+    norm_groups: int = 32
+    norm_epsilon: float = 1e-5  #: GroupNorm of the residual blocks (release: 1e-5)
+    transformer_norm_epsilon: float = 1e-6  #: GroupNorm at a transformer's input (release: 1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The visual decoder: a diffusion model on frozen visual embeddings (paper section 2.3 and table 7)."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    latent: Literal["space_to_depth", "autoencoder_kl"] = "autoencoder_kl"  #: what stands between pixels and latents
+    latent_factor: int = 8  #: pixels per latent position along one side
+    latent_scale: float = 0.13025  #: latents are multiplied by this (SDXL's VAE)
+    image_size: int = 1024  #: pixels, side of the square that is drawn
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    noise_offset: float = 0.1  #: std of a shift of the noise shared by all positions of a channel
+    min_snr_gamma: float | None = None  #: min-SNR loss weighting; None = off (paper)
+    condition_dropout: float = 0.1  #: share of samples trained on the null condition
+    num_sampling_steps: int = 50
+    guidance_scale: float = 3.0  #: 1 = no guidance
+    batch_images: int = 2048  #: images per optimiser step over all hosts
+    random_scale_max: float = 1.25  #: **open**; ratio-preserving scale is drawn from [1, this], then a square crop
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What the finished model is measured on."""
+
+    scenes: str = ""  #: shards of held-out image-text pairs
+    unseen: str = ""  #: shards of image-text pairs of objects never trained on
+    num_samples: int = 256  #: pairs that are scored, from the front of each
+    num_pictures: int = 8  #: pairs that are also drawn into the report
+    max_text_tokens: int = 48  #: longest generated caption, tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything that decides what a run computes. Two runs of equal configs give equal bits."""
+
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def validate(config: ExperimentConfig) -> ExperimentConfig:
+    """Check what crosses fields, before anything is allocated or compiled. Returns the config unchanged.
+
+    Raises `ConfigError`; the message starts with the dotted path of the setting to change.
+    """
+    vision, language = config.model.vision, config.model.language
+    side = round(config.model.num_visual_tokens**0.5)
+    _require(vision.image_size % vision.patch_size == 0, "model.vision.image_size", "is not a multiple of patch_size")
+    _require(vision.width % vision.num_heads == 0, "model.vision.width", "does not divide over num_heads")
+    _require(side * side == config.model.num_visual_tokens, "model.num_visual_tokens", "is not a square number")
+    _require(
+        side <= vision.grid_size and vision.grid_size % side == 0,
+        "model.num_visual_tokens",
+        f"cannot be pooled from a {vision.grid_size} x {vision.grid_size} patch grid: take k x k with k a divisor",
+    )
+    _require(language.width % language.num_heads == 0, "model.language.width", "does not divide over num_heads")
+    _require(language.head_width % 2 == 0, "model.language.num_heads", "gives an odd head width; rotary needs pairs")
+    _require(language.num_heads % language.num_kv_heads == 0, "model.language.num_kv_heads", "must divide num_heads")
+    _require(config.optimizer.accumulation_steps >= 1, "optimizer.accumulation_steps", "must be at least 1")
+    _require(0 <= config.optimizer.warmup_ratio < 1, "optimizer.warmup_ratio", "must lie in [0, 1)")
+    _require(config.train.num_steps >= 1, "train.num_steps", "must be at least 1")
+    _require(config.train.log_every_steps >= 1, "train.log_every_steps", "must be at least 1")
+    _require(config.checkpoint.every_steps >= 1, "checkpoint.every_steps", "must be at least 1")
+    _validate_data(config)
+    if config.train.task == "decoder":
+        _validate_decoder(config)
+    return config
+
+
+def _validate_data(config: ExperimentConfig) -> None:
+    data = config.data
+    names = [source.name for source in data.sources]
+    for name in names:
+        _require(names.count(name) == 1, f"data.sources.{name}", "is there twice; names must differ")
+    for source in data.sources:
+        path = f"data.sources.{source.name}"
+        _require(source.weight > 0, f"{path}.weight", "must be positive; leave the source out instead")
+        slots = data.image_slots if source.image_slots is None else source.image_slots
+        _require(source.kind == "text" or slots > 0, f"{path}.image_slots", "must be positive for a kind with images")
+        own_rows = source.batch_rows is not None or source.image_slots is not None
+        _require(
+            data.mixing == "one_source_per_step" or not own_rows,
+            f"{path}.{'batch_rows' if source.batch_rows is not None else 'image_slots'}",
+            'is for data.mixing = "one_source_per_step"; in a mixed batch all rows have one shape',
+        )
+    needed = config.model.num_visual_tokens + 4  # <s> [IMG] ... [/IMG] </s>
+    _require(data.row_length >= needed, "data.row_length", f"cannot hold one image; needs at least {needed}")
+    _require(data.global_batch_rows >= 1, "data.global_batch_rows", "must be at least 1")
+    _require(0 <= data.image_first_probability <= 1, "data.image_first_probability", "must lie in [0, 1]")
+    _require(0 < data.max_bad_share <= 1, "data.max_bad_share", "must lie in (0, 1]")
+
+
+def _validate_decoder(config: ExperimentConfig) -> None:
+    decoder, unet = config.decoder, config.decoder.unet
+    levels = len(unet.block_out_channels)
+    for field_name in ("transformer_layers_per_block", "num_attention_heads"):
+        path = f"decoder.unet.{field_name}"
+        _require(len(getattr(unet, field_name)) == levels, path, f"needs {levels} entries, one per level of the U-Net")
+    multiple = decoder.latent_factor * 2 ** (levels - 1)
+    _require(decoder.image_size % multiple == 0, "decoder.image_size", f"must be a multiple of {multiple}")
+    _require(
+        unet.cross_attention_width == config.model.vision.width,
+        "decoder.unet.cross_attention_width",
+        f"must equal model.vision.width = {config.model.vision.width}, the width of a visual embedding",
+    )
+
+
+def _require(condition: bool, path: str, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"{path}: {message}")

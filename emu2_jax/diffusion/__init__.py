@@ -1,0 +1,1 @@
+"""The visual decoder: a latent diffusion model that draws an image from its visual embeddings."""

@@ -1,0 +1,265 @@
+"""The image decoder: trains a U-Net to draw an image from its visual embeddings, and samples from it.
+
+The language model takes no part: the condition is what the frozen visual encoder makes of the very image that is to be
+drawn. Source: paper section 2.3; sampling as in the release's `diffusion.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from emu2_jax.config import DecoderConfig, ExperimentConfig, ModelConfig
+from emu2_jax.diffusion import schedule
+from emu2_jax.diffusion.unet import UNet, check
+from emu2_jax.diffusion.vae import latent_channels, open_codec
+from emu2_jax.errors import ConfigError
+from emu2_jax.models.emu2 import encode_images, encode_normalized, init_visual_encoder
+from emu2_jax.task import Batch, Losses, Params, Term
+
+#: The noise loss is also logged by this many equal ranges of timesteps.
+NUM_NOISE_LEVELS = 4
+
+
+class DecoderTask:
+    """Noise prediction on frozen visual embeddings (`task.Task`). One term: `noise`.
+
+    Batch fields: `images` uint8 (B, S, S, 3) RGB, S = `decoder.image_size`; `time_ids` int32 (B, 6), in pixels: height
+    and width of the original, top and left of the crop, height and width drawn; `weight` float32 (B,), 0 = padding.
+    """
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        check_decoder(config)
+        self.model = config.model
+        self.decoder = config.decoder
+        self.coefficients: Mapping[str, float] = {"noise": 1.0}
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Random parameters of the visual encoder and the U-Net."""
+        encoder_key, unet_key = jax.random.split(key)
+        return {
+            "visual_encoder": init_visual_encoder(self.model, encoder_key),
+            "unet": init_unet(self.decoder, unet_key),
+        }
+
+    def term_weights(self, batch: Batch) -> Mapping[str, Float[Array, ""]]:
+        """How many images of the batch count."""
+        return {"noise": jnp.asarray(batch["weight"], jnp.float32).sum()}
+
+    def losses(self, params: Params, batch: Batch, key: PRNGKeyArray) -> Losses:
+        """Squared error of the predicted noise at one random timestep per image, averaged over the latent."""
+        timestep_key, noise_key, dropout_key = jax.random.split(key, 3)
+        codec = open_codec(self.decoder)
+        clean = codec.encode(batch["images"].astype(jnp.float32) / 127.5 - 1.0)
+        timesteps = jax.random.randint(timestep_key, clean.shape[:1], 0, self.decoder.num_train_timesteps)
+        alpha_bar = jnp.asarray(alpha_bars(self.decoder), jnp.float32)[timesteps]
+        noise = draw_noise(noise_key, clean.shape, self.decoder.noise_offset)
+        predicted = merge_unet(self.decoder, params["unet"], self.model.compute_dtype)(
+            schedule.add_noise(clean, noise, alpha_bar),
+            timesteps,
+            self.condition(params, batch, dropout_key),
+            batch["time_ids"],
+            remat=self.model.remat,
+        )
+        wanted = schedule.target(clean, noise, alpha_bar, self.decoder.prediction)
+        errors = jnp.square(predicted - wanted).mean((1, 2, 3))
+        weight = batch["weight"].astype(jnp.float32)
+        if self.decoder.min_snr_gamma is None:
+            weighted = errors
+        else:
+            weighted = errors * schedule.min_snr_weight(alpha_bar, self.decoder.min_snr_gamma, self.decoder.prediction)
+        return Losses(
+            terms={"noise": Term((weight * weighted).sum(), weight.sum())},
+            metrics=self._by_noise_level(errors, weight, timesteps),
+        )
+
+    def condition(self, params: Params, batch: Batch, key: PRNGKeyArray) -> Float[Array, "B N D"]:
+        """Embeddings of the batch's images, a random share of them replaced by the null; no gradient."""
+        embeddings = encode_images(self.model, params["visual_encoder"], batch["images"])
+        if not self.decoder.condition_dropout:
+            return embeddings
+        null = null_embeddings(self.model, params["visual_encoder"])
+        dropped = jax.random.bernoulli(key, self.decoder.condition_dropout, embeddings.shape[:1])
+        return jnp.where(dropped[:, None, None], null, embeddings)
+
+    def _by_noise_level(
+        self, errors: Float[Array, " B"], weight: Float[Array, " B"], timesteps: Int[Array, " B"]
+    ) -> dict[str, Term]:
+        """Unweighted squared error by range of timesteps: `noise_t0_249` is the least noisy quarter of 1000."""
+        bounds = np.linspace(0, self.decoder.num_train_timesteps, NUM_NOISE_LEVELS + 1).astype(int)
+        metrics = {}
+        for first, end in pairwise(bounds.tolist()):
+            inside = weight * ((timesteps >= first) & (timesteps < end))
+            metrics[f"noise_t{first}_{end - 1}"] = Term((inside * errors).sum(), inside.sum())
+        return metrics
+
+
+def check_decoder(config: ExperimentConfig) -> None:
+    """Raise ConfigError when image, latent, U-Net and encoder do not fit together."""
+    decoder, unet = config.decoder, config.decoder.unet
+    check(unet)
+    channels = latent_channels(decoder)
+    for name in ("in_channels", "out_channels"):
+        if getattr(unet, name) != channels:
+            raise ConfigError(
+                f"decoder.unet.{name}: got {getattr(unet, name)}, wanted {channels}, the channels of "
+                f"decoder.latent = {decoder.latent} with decoder.latent_factor = {decoder.latent_factor}"
+            )
+    multiple = decoder.latent_factor * 2 ** (len(unet.block_out_channels) - 1)
+    if decoder.image_size % multiple:
+        raise ConfigError(
+            f"decoder.image_size: got {decoder.image_size}, wanted a multiple of {multiple} (decoder.latent_factor "
+            "times 2 for each change of scale in decoder.unet.block_out_channels)"
+        )
+    if unet.cross_attention_width != config.model.vision.width:
+        raise ConfigError(
+            f"decoder.unet.cross_attention_width: got {unet.cross_attention_width}, wanted "
+            f"{config.model.vision.width}, the width of a visual embedding (model.vision.width)"
+        )
+
+
+def init_unet(config: DecoderConfig, key: PRNGKeyArray) -> Params:
+    """Random parameters of the U-Net, float32, as nested dicts."""
+    return nnx.to_pure_dict(nnx.state(_build_unet(config, "float32", nnx.Rngs(params=key)), nnx.Param))
+
+
+def merge_unet(config: DecoderConfig, unet_params: Params, compute_dtype: str) -> UNet:
+    """The U-Net with these parameters, to be used inside a traced function."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: _build_unet(config, compute_dtype, nnx.Rngs(params=0))))
+    return nnx.merge(graphdef, unet_params)
+
+
+def _build_unet(config: DecoderConfig, compute_dtype: str, rngs: nnx.Rngs) -> UNet:
+    return UNet(config.unet, dtype=jnp.dtype(compute_dtype), rngs=rngs)
+
+
+def alpha_bars(config: DecoderConfig) -> np.ndarray:
+    """Share of signal power left at each training timestep."""
+    return schedule.alpha_bars(config.num_train_timesteps, config.beta_start, config.beta_end)
+
+
+def draw_noise(key: PRNGKeyArray, shape: tuple[int, ...], offset: float) -> Float[Array, "B H W C"]:
+    """Unit noise, plus `offset` times a unit draw that all positions of a channel share.
+
+    The shared part lets the network learn to move the overall brightness. Source: "Diffusion With Offset Noise"
+    (CrossLabs, 2023); paper table 7: 0.1.
+    """
+    noise_key, offset_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, shape)
+    return noise + offset * jax.random.normal(offset_key, (shape[0], 1, 1, shape[-1]))
+
+
+def null_embeddings(config: ModelConfig, visual_encoder_params: Params) -> Float[Array, "1 N D"]:
+    """The condition that says nothing: embeddings of an all-zero *normalised* image (the mean colour, not black).
+
+    Source: release `diffusion.py`, autoencoding. For generation the release instead takes what the language model
+    generates for an empty prompt.
+    """
+    size = config.vision.image_size
+    return jax.lax.stop_gradient(
+        encode_normalized(config, visual_encoder_params, jnp.zeros((1, size, size, 3), jnp.float32))
+    )
+
+
+def whole_image_time_ids(count: int, size: int) -> Int[Array, "B 6"]:
+    """Micro-conditions of `count` images drawn whole: original and target are size x size, no crop."""
+    return jnp.tile(jnp.array([[size, size, 0, 0, size, size]], jnp.int32), (count, 1))
+
+
+def sample(
+    config: ExperimentConfig,
+    params: Params,
+    embeddings: Float[Array, "B N D"],
+    null: Float[Array, "#B N D"],
+    key: PRNGKeyArray,
+    *,
+    guidance_scale: float | None = None,
+    num_steps: int | None = None,
+) -> Float[Array, "B S S 3"]:
+    """Draw one image in [0, 1], float32, for each set of visual embeddings; reads only `params["unet"]`.
+
+    `null` is the condition to steer away from: `null_embeddings` for autoencoding, the embeddings generated for an
+    empty prompt for generation; it is not read when `guidance_scale` is 1. Scale and steps default to
+    `decoder.guidance_scale` and `decoder.num_sampling_steps`. Compiled once per batch shape and number of steps.
+    """
+    scale = config.decoder.guidance_scale if guidance_scale is None else guidance_scale
+    return _sample(
+        config.decoder,
+        config.model.compute_dtype,
+        config.decoder.num_sampling_steps if num_steps is None else num_steps,
+        scale != 1.0,
+        params["unet"],
+        embeddings,
+        jnp.broadcast_to(null, embeddings.shape),
+        key,
+        scale,
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _sample(
+    config: DecoderConfig,
+    compute_dtype: str,
+    num_steps: int,
+    guided: bool,
+    unet_params: Params,
+    embeddings: Float[Array, "B N D"],
+    null: Float[Array, "B N D"],
+    key: PRNGKeyArray,
+    guidance_scale: Float[Array, ""],
+) -> Float[Array, "B S S 3"]:
+    codec = open_codec(config)
+    unet = merge_unet(config, unet_params, compute_dtype)
+    steps = schedule.euler_steps(alpha_bars(config), num_steps)
+    condition = jnp.concatenate([embeddings, null]) if guided else embeddings
+    time_ids = whole_image_time_ids(len(condition), config.image_size)
+
+    def predict(scaled: Float[Array, "B H W C"], timestep: Int[Array, ""]) -> Float[Array, "B H W C"]:
+        inputs = jnp.concatenate([scaled, scaled]) if guided else scaled
+        predicted = unet(inputs, jnp.full(len(inputs), timestep), condition, time_ids)
+        if not guided:
+            return predicted
+        conditional, unconditional = jnp.split(predicted, 2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def step(
+        x: Float[Array, "B H W C"], at: tuple[Int[Array, ""], Float[Array, ""], Float[Array, ""]]
+    ) -> tuple[Float[Array, "B H W C"], None]:
+        timestep, sigma, next_sigma = at
+        predicted = predict(schedule.scale_model_input(x, sigma), timestep)
+        return schedule.euler_step(x, predicted, sigma, next_sigma, config.prediction), None
+
+    side = config.image_size // codec.factor
+    shape = (len(embeddings), side, side, codec.latent_channels)
+    x = steps.init_noise_sigma * jax.random.normal(key, shape)
+    sigmas = jnp.asarray(steps.sigmas)
+    x, _ = jax.lax.scan(step, x, (jnp.asarray(steps.timesteps), sigmas[:-1], sigmas[1:]))
+    return jnp.clip(codec.decode(x) / 2.0 + 0.5, 0.0, 1.0)
+
+
+def autoencode(
+    config: ExperimentConfig,
+    params: Params,
+    images: UInt8[Array, "B S S 3"],
+    key: PRNGKeyArray,
+    *,
+    guidance_scale: float | None = None,
+    num_steps: int | None = None,
+) -> Float[Array, "B S S 3"]:
+    """Encode images and draw them again from their embeddings alone; images in [0, 1], float32."""
+    embeddings, null = _encode(config.model, params["visual_encoder"], images)
+    return sample(config, params, embeddings, null, key, guidance_scale=guidance_scale, num_steps=num_steps)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(
+    config: ModelConfig, visual_encoder_params: Params, images: UInt8[Array, "B S S 3"]
+) -> tuple[Float[Array, "B N D"], Float[Array, "1 N D"]]:
+    return encode_images(config, visual_encoder_params, images), null_embeddings(config, visual_encoder_params)

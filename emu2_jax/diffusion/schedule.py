@@ -1,0 +1,128 @@
+"""The noise of diffusion: how much there is at each timestep, and the Euler solver that takes it away.
+
+Timestep t in [0, T) has signal share alpha_bar[t]. Training mixes x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise;
+the solver works on x_t / sqrt(alpha_bar) = x_0 + sigma noise, with sigma = sqrt((1 - alpha_bar) / alpha_bar).
+
+Source: DDPM (arXiv 2006.11239); EDM (arXiv 2206.00364) for the solver; min-SNR (arXiv 2303.09556);
+v-prediction (arXiv 2202.00512). Timesteps, sigmas and step are those of `EulerDiscreteScheduler` in diffusers 0.24.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from emu2_jax.errors import ConfigError
+
+Prediction = Literal["epsilon", "v_prediction"]
+
+#: Added to the timesteps of "leading" spacing. Source: release `scheduler/scheduler_config.json`, `steps_offset`.
+STEPS_OFFSET = 1
+
+
+def alpha_bars(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """Share of signal power left at each timestep, (T,) float64; betas are linear in their square root.
+
+    Source: latent diffusion (arXiv 2112.10752), the schedule named "scaled_linear".
+    """
+    betas = np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=np.float64) ** 2
+    return np.cumprod(1.0 - betas)
+
+
+def signal_to_noise(alpha_bar: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Ratio of signal power to noise power in x_t, for signal and noise of unit variance."""
+    return alpha_bar / (1.0 - alpha_bar)
+
+
+def add_noise(
+    clean: Float[Array, "B S S C"], noise: Float[Array, "B S S C"], alpha_bar: Float[Array, " B"]
+) -> Float[Array, "B S S C"]:
+    """x_t, of unit variance when `clean` and `noise` have it."""
+    share = alpha_bar[:, None, None, None]
+    return jnp.sqrt(share) * clean + jnp.sqrt(1.0 - share) * noise
+
+
+def target(
+    clean: Float[Array, "B S S C"],
+    noise: Float[Array, "B S S C"],
+    alpha_bar: Float[Array, " B"],
+    prediction: Prediction,
+) -> Float[Array, "B S S C"]:
+    """What the network is trained to give for x_t: the noise, or the velocity sqrt(a) noise - sqrt(1 - a) clean."""
+    if prediction == "epsilon":
+        return noise
+    share = alpha_bar[:, None, None, None]
+    return jnp.sqrt(share) * noise - jnp.sqrt(1.0 - share) * clean
+
+
+def min_snr_weight(alpha_bar: Float[Array, " B"], gamma: float, prediction: Prediction) -> Float[Array, " B"]:
+    """Loss weight that caps a timestep's weight, seen as an error of x_0, at `gamma`.
+
+    With snr = 10, gamma = 5: 5 / 10 for epsilon, 5 / 11 for v_prediction.
+    """
+    snr = signal_to_noise(alpha_bar)
+    return jnp.minimum(snr, gamma) / (snr if prediction == "epsilon" else snr + 1.0)
+
+
+@dataclass(frozen=True)
+class EulerSteps:
+    """Where the solver stops on its way from noise to image."""
+
+    timesteps: np.ndarray  #: (K,) int32, descending; what the network is told
+    sigmas: np.ndarray  #: (K + 1,) float32, descending to 0
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise that sampling starts from."""
+        return float(np.sqrt(np.float64(self.sigmas[0]) ** 2 + 1.0))
+
+
+def euler_steps(alpha_bar: np.ndarray, num_steps: int) -> EulerSteps:
+    """Timesteps with "leading" spacing, T // K apart, and their sigmas.
+
+    T = 10, K = 3 gives the timesteps 7, 4, 1. Raises ConfigError when there are more steps than timesteps.
+    """
+    num_timesteps = len(alpha_bar)
+    if not 1 <= num_steps <= num_timesteps - STEPS_OFFSET:
+        raise ConfigError(
+            f"decoder.num_sampling_steps: got {num_steps}, wanted 1 to {num_timesteps - STEPS_OFFSET} "
+            f"(decoder.num_train_timesteps is {num_timesteps})"
+        )
+    timesteps = (np.arange(num_steps) * (num_timesteps // num_steps))[::-1] + STEPS_OFFSET
+    sigmas = np.sqrt((1.0 - alpha_bar) / alpha_bar)[timesteps]
+    return EulerSteps(timesteps.astype(np.int32), np.append(sigmas, 0.0).astype(np.float32))
+
+
+def scale_model_input(x: Float[Array, "B S S C"], sigma: Float[Array, ""]) -> Float[Array, "B S S C"]:
+    """x_0 + sigma noise, back to the unit variance that the network was trained on."""
+    return x / jnp.sqrt(sigma**2 + 1.0)
+
+
+def euler_step(
+    x: Float[Array, "B S S C"],
+    predicted: Float[Array, "B S S C"],
+    sigma: Float[Array, ""],
+    next_sigma: Float[Array, ""],
+    prediction: Prediction,
+) -> Float[Array, "B S S C"]:
+    """One step along dx/dsigma = (x - x_0) / sigma; `x` is unscaled, `predicted` is the network's answer."""
+    if prediction == "epsilon":
+        clean = x - sigma * predicted
+    else:
+        clean = x / (sigma**2 + 1.0) - predicted * sigma / jnp.sqrt(sigma**2 + 1.0)
+    return x + (next_sigma - sigma) * (x - clean) / sigma
+
+
+def sinusoids(values: Int[Array, "*axes"] | Float[Array, "*axes"], width: int) -> Float[Array, "*axes W"]:
+    """Sinusoidal embedding of timesteps and of micro-conditions: `width` / 2 cosines, then as many sines. float32.
+
+    Source: diffusers `Timesteps` with `flip_sin_to_cos=True`, `downscale_freq_shift=0`, as in the release's U-Net.
+    """
+    half = width // 2
+    frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = values[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

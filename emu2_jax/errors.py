@@ -1,0 +1,21 @@
+"""The one kind of error that is the user's to fix.
+
+Every module raises `UserError` (or a subclass) for bad input. The command line prints its message as one line and
+exits with code 2; any other exception is a bug and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Bad input: the message says what was wrong, where, what was wanted and, if there is one, the next step."""
+
+
+class ConfigError(UserError):
+    """A config path, value or combination is not valid. The message starts with the dotted path."""
+
+
+class DataError(UserError):
+    """A shard, member or sample cannot be used. The message names the file, the member and the byte offset."""
+
+
+class CheckpointError(UserError):
+    """A work directory or checkpoint cannot be used for what was asked."""

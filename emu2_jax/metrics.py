@@ -1,0 +1,100 @@
+"""What a run writes while it trains: metrics.jsonl, TensorBoard, one progress bar; and how FLOPs are counted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from jax.extend.core import jaxprs_in_params
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+JSONL = "metrics.jsonl"
+
+
+class MetricWriter:
+    """Appends one JSON object per logged step to metrics.jsonl and the same scalars to TensorBoard.
+
+    A resumed run first drops the lines after the step it goes on from, so that the file reads like one run's.
+    """
+
+    def __init__(self, workdir: Path, *, start_step: int, num_steps: int, title: str) -> None:
+        self._path = workdir / JSONL
+        _drop_after(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._bar = tqdm(total=num_steps, initial=start_step, desc=title, unit="step", dynamic_ncols=True, mininterval=1)
+
+    def advance(self, loss: float, rates: Mapping[str, float]) -> None:
+        """One more step is done: move the bar, whose time left and rates the user watches."""
+        self._bar.set_postfix({"loss": f"{loss:.4f}", **{k: f"{v:,.0f}" for k, v in rates.items()}}, refresh=False)
+        self._bar.update()
+
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Log one step; `step` counts finished optimiser steps."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if not isinstance(value, str):
+                self._tensorboard.add_scalar(name, value, step)
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._tensorboard.close()
+        self._file.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the whole lines of steps up to `step`; a killed writer may have left half a line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break  # only the last line can be cut
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, oldest first."""
+    with (workdir / JSONL).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Floating-point operations of the products and convolutions in `function(*args)`, loops counted in full.
+
+    A multiply-add counts two. Element-wise work is left out, as is usual for model FLOPs. `args` may be shapes.
+    """
+    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _flops(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out_channels = kernel[parameters["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_channels
+        else:
+            times = parameters.get("length", 1) if name == "scan" else 1
+            total += times * sum(_flops(inner) for inner in jaxprs_in_params(parameters))
+    return total

@@ -1,0 +1,139 @@
+"""The visual encoder: EVA-02-CLIP-E-plus, a post-norm ViT.
+
+What differs from the textbook ViT, and trains without an error when it is wrong: the norm sits *after* each sublayer,
+inside the residual branch; there is no final norm; q and v have biases, k has none; GELU is exact.
+Source: paper section 2.1; release `eva_vit.py` and its model config.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from emu2_jax.config import VisionConfig
+from emu2_jax.models import layers
+from emu2_jax.models.stack import Remat, Stack
+
+#: Mean and standard deviation of RGB in [0, 1]. Source: CLIP's preprocessing, used unchanged by the release.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalize(images: UInt8[Array, "I S S 3"]) -> Float[Array, "I S S 3"]:
+    """8-bit RGB to the encoder's input: [0, 1], then CLIP's mean and standard deviation. float32."""
+    return (images.astype(jnp.float32) / 255.0 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+
+
+class Attention(nnx.Module):
+    """Self-attention with one fused qkv product, learned q and v biases, none for k."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        width, heads = config.width, config.num_heads
+        head_width = width // heads
+        self.qkv = layers.kernel((width, 3, heads, head_width), fan_in=width, rngs=rngs)
+        self.q_bias = nnx.Param(jnp.zeros((heads, head_width)))
+        self.v_bias = nnx.Param(jnp.zeros((heads, head_width)))
+        self.out = layers.kernel((heads, head_width, width), fan_in=width, rngs=rngs)
+        self.out_bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
+        dtype = x.dtype
+        q, k, v = jnp.moveaxis(jnp.einsum("ipd,dchk->ipchk", x, self.qkv[...].astype(dtype)), 2, 0)
+        q += self.q_bias[...].astype(dtype)
+        v += self.v_bias[...].astype(dtype)
+        mixed = layers.attend(q, k, v)
+        return jnp.einsum("iphk,hkd->ipd", mixed, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
+
+
+class MLP(nnx.Module):
+    """Two products with exact (erf) GELU between them."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        width, inner = config.width, config.mlp_width
+        self.up = layers.kernel((width, inner), fan_in=width, rngs=rngs)
+        self.up_bias = nnx.Param(jnp.zeros(inner))
+        self.down = layers.kernel((inner, width), fan_in=inner, rngs=rngs)
+        self.down_bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
+        dtype = x.dtype
+        inner = jnp.einsum("ipd,df->ipf", x, self.up[...].astype(dtype)) + self.up_bias[...].astype(dtype)
+        inner = jax.nn.gelu(inner, approximate=False)
+        return jnp.einsum("ipf,fd->ipd", inner, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
+
+
+class Block(nnx.Module):
+    """x + norm(attention(x)), then x + norm(mlp(x))."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        self.attention = Attention(config, rngs=rngs)
+        self.attention_norm = layers.LayerNorm(config.width, epsilon=config.layer_norm_epsilon)
+        self.mlp = MLP(config, rngs=rngs)
+        self.mlp_norm = layers.LayerNorm(config.width, epsilon=config.layer_norm_epsilon)
+
+    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
+        x = x + self.attention_norm(self.attention(x))
+        return x + self.mlp_norm(self.mlp(x))
+
+
+class VisualEncoder(nnx.Module):
+    """Square images to one embedding per patch, after a leading CLS embedding."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        patch_inputs = config.patch_size**2 * 3
+        self.patch_kernel = layers.kernel((patch_inputs, config.width), fan_in=patch_inputs, rngs=rngs)
+        self.patch_bias = nnx.Param(jnp.zeros(config.width))
+        self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.width,)))
+        position_shape = (1 + config.grid_size**2, config.width)
+        self.position_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), position_shape))
+        self.blocks = Stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "I S S 3"], *, remat: Remat = "none") -> Float[Array, "I P D"]:
+        """Embeddings of normalised images, P = 1 + grid_size^2, CLS first, in the dtype of `images`."""
+        dtype = images.dtype
+        patches = patchify(images, self.config.patch_size)
+        x = patches @ self.patch_kernel[...].astype(dtype) + self.patch_bias[...].astype(dtype)
+        cls = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
+        x = jnp.concatenate([cls, x], axis=1) + self.position_embedding[...].astype(dtype)
+        x, _ = self.blocks.scan(lambda block, x, _: (block(x), None), x, remat=remat)
+        return x
+
+
+def patchify(images: Float[Array, "I S S 3"], patch_size: int) -> Float[Array, "I P C"]:
+    """Cut images into patches in reading order; C runs over (row, column, colour) inside a patch."""
+    count, size = images.shape[:2]
+    grid = size // patch_size
+    x = images.reshape(count, grid, patch_size, grid, patch_size, 3)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(count, grid * grid, patch_size * patch_size * 3)
+
+
+def pool(embeddings: Float[Array, "I P D"], num_visual_tokens: int) -> Float[Array, "I N D"]:
+    """Drop CLS and average the patch grid to sqrt(N) x sqrt(N); stride and window are grid // sqrt(N).
+
+    Source: release `emu.py` (`encode_image`).
+    """
+    patches = embeddings[:, 1:]
+    count, num_patches, width = patches.shape
+    grid = round(num_patches**0.5)
+    side = round(num_visual_tokens**0.5)
+    window = grid // side
+    x = patches.reshape(count, side, window, side, window, width).astype(jnp.float32)
+    return x.mean((2, 4)).reshape(count, num_visual_tokens, width).astype(embeddings.dtype)
+
+
+def resize_position_embedding(
+    position_embedding: Float[Array, "P D"], num_positions: int
+) -> Float[Array, "num_positions D"]:
+    """Position embedding for another image size: the patch grid is interpolated (bicubic), CLS is kept.
+
+    Stage 1b continues stage 1a at 448 px this way (16 x 16 -> 32 x 32 patches). **open** in the paper; bicubic is what
+    EVA-CLIP's own code uses.
+    """
+    cls, patches = position_embedding[:1], position_embedding[1:]
+    old, new = round(patches.shape[0] ** 0.5), round((num_positions - 1) ** 0.5)
+    grid = patches.reshape(old, old, -1).astype(jnp.float32)
+    resized = jax.image.resize(grid, (new, new, grid.shape[-1]), "bicubic", antialias=False)
+    return jnp.concatenate([cls, resized.reshape(new * new, -1).astype(cls.dtype)])

@@ -1,0 +1,149 @@
+"""The multimodal modelling part: a LLaMA decoder that reads embeddings and gives hidden states.
+
+Source: LLaMA (arXiv 2302.13971) as in `transformers`: pre-norm RMSNorm, rotary positions in the half-split layout,
+SwiGLU, no biases, untied output head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from emu2_jax.config import LanguageConfig
+from emu2_jax.models import layers
+from emu2_jax.models.stack import Remat, Stack
+
+
+class KeyValueCache(NamedTuple):
+    """Keys (after rotation) and values of every layer, for decoding. S is the longest sequence that fits."""
+
+    keys: Float[Array, "layers B S G K"]
+    values: Float[Array, "layers B S G K"]
+
+    @classmethod
+    def empty(cls, config: LanguageConfig, rows: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
+        """A cache of zeros."""
+        shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_width)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions; grouped-query when num_kv_heads < num_heads."""
+
+    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs) -> None:
+        width, head_width = config.width, config.head_width
+        self.rope_base = config.rope_base
+        self.q = layers.kernel((width, config.num_heads, head_width), fan_in=width, rngs=rngs)
+        self.k = layers.kernel((width, config.num_kv_heads, head_width), fan_in=width, rngs=rngs)
+        self.v = layers.kernel((width, config.num_kv_heads, head_width), fan_in=width, rngs=rngs)
+        self.out = layers.kernel((config.num_heads, head_width, width), fan_in=width, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        cache: KeyValueCache | None,
+        cache_index: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
+        dtype = x.dtype
+        q = layers.rotate(jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(dtype)), positions, base=self.rope_base)
+        k = layers.rotate(jnp.einsum("btd,dgk->btgk", x, self.k[...].astype(dtype)), positions, base=self.rope_base)
+        v = jnp.einsum("btd,dgk->btgk", x, self.v[...].astype(dtype))
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), cache_index, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), cache_index, axis=1)
+            cache = KeyValueCache(k, v)
+        mixed = layers.attend(q, k.astype(dtype), v.astype(dtype), mask)
+        return jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(dtype)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs) -> None:
+        width, inner = config.width, config.mlp_width
+        self.gate = layers.kernel((width, inner), fan_in=width, rngs=rngs)
+        self.up = layers.kernel((width, inner), fan_in=width, rngs=rngs)
+        self.down = layers.kernel((inner, width), fan_in=inner, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        dtype = x.dtype
+        gate = jnp.einsum("btd,df->btf", x, self.gate[...].astype(dtype))
+        up = jnp.einsum("btd,df->btf", x, self.up[...].astype(dtype))
+        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...].astype(dtype))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = layers.RMSNorm(config.width, epsilon=config.rms_norm_epsilon)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = layers.RMSNorm(config.width, epsilon=config.rms_norm_epsilon)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        cache: KeyValueCache | None = None,
+        cache_index: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
+        mixed, cache = self.attention(self.attention_norm(x), positions, mask, cache, cache_index)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class LanguageModel(nnx.Module):
+    """Embeddings in, hidden states after the final norm out; token embedding and output head beside them."""
+
+    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs) -> None:
+        self.token_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.width)))
+        self.blocks = Stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs)
+        self.final_norm = layers.RMSNorm(config.width, epsilon=config.rms_norm_epsilon)
+        self.head = layers.kernel((config.width, config.vocab_size), fan_in=config.width, rngs=rngs)
+
+    def embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        """Token embeddings in the compute dtype."""
+        return self.token_embedding[...][tokens].astype(dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T T"],
+        *,
+        remat: Remat = "none",
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of whole sequences."""
+        x, _ = self.blocks.scan(lambda block, x, _: (block(x, positions, mask)[0], None), x, remat=remat)
+        return self.final_norm(x)
+
+    def decode(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        cache: KeyValueCache,
+        cache_index: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+        """Hidden states of T new positions, written to the cache from `cache_index` on."""
+
+        def body(
+            block: Block, x: Float[Array, "B T D"], cache: KeyValueCache
+        ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
+            return block(x, positions, mask, cache, cache_index)
+
+        x, cache = self.blocks.scan(body, x, cache)
+        return self.final_norm(x), cache
+
+    def logits(self, hidden: Float[Array, "*axes D"]) -> Float[Array, "*axes V"]:
+        """Scores over the vocabulary, float32."""
+        head = self.head[...].astype(hidden.dtype)
+        return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)

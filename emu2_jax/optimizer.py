@@ -1,0 +1,88 @@
+"""AdamW over the parts that train, each with its own peak learning rate under one schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from emu2_jax.config import OptimizerConfig
+from emu2_jax.sharding import path_of
+
+#: Last path components of the parameters that weight decay shrinks: the matrices, not norms, biases or embeddings.
+DECAYED = frozenset({"kernel", "qkv", "q", "k", "v", "out", "up", "down", "gate", "head", "patch_kernel"})
+
+
+def peak_learning_rate(config: OptimizerConfig, part: str) -> float:
+    """Peak learning rate of a part, the default one unless the part has its own."""
+    own = {
+        "visual_encoder": config.visual_encoder_learning_rate,
+        "project_up": config.connector_learning_rate,
+        "project_down": config.connector_learning_rate,
+        "language_model": config.language_model_learning_rate,
+    }.get(part)
+    return config.learning_rate if own is None else own
+
+
+def relative_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate relative to its peak: linear warm-up from 0, then the decay, over `num_steps` updates.
+
+    The first update has count 0, so with a warm-up of w updates it runs at 1/w of the peak: none is wasted at 0.
+    """
+    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * num_steps)
+    decay_steps = max(num_steps - warmup, 1)
+    end = config.final_learning_rate_ratio
+
+    def schedule(count: jax.Array) -> jax.Array:
+        count = jnp.asarray(count, jnp.float32)
+        rising = (count + 1) / max(warmup, 1)
+        progress = jnp.clip((count - warmup) / decay_steps, 0.0, 1.0)
+        falling = {
+            "cosine": end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+            "linear": 1 - (1 - end) * progress,
+            "constant": jnp.ones_like(progress),
+        }[config.schedule]
+        return jnp.where(count < warmup, rising, falling)
+
+    return schedule
+
+
+def split_frozen(config: OptimizerConfig, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parts that train, and those that do not."""
+    trained = {part: tree for part, tree in params.items() if part not in config.frozen}
+    return trained, {part: tree for part, tree in params.items() if part not in trained}
+
+
+def build(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay on matrices, per-part learning rates. For trained parts only."""
+    relative = relative_schedule(config, num_steps)
+
+    def scale_by_part(updates: Any, state: optax.ScaleByScheduleState, params: Any = None) -> tuple[Any, Any]:
+        del params
+        rate = relative(state.count)
+        scaled = {
+            part: jax.tree.map(lambda u, peak=peak_learning_rate(config, part): -peak * rate * u, tree)
+            for part, tree in updates.items()
+        }
+        return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=jnp.dtype(config.moment_dtype)),
+        optax.add_decayed_weights(config.weight_decay, mask=_is_decayed),
+        optax.GradientTransformation(
+            lambda params: optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32)), scale_by_part
+        ),
+    )
+
+
+def _is_decayed(params: Any) -> Any:
+    def decayed(key_path: tuple[Any, ...], leaf: Any) -> bool:
+        del leaf
+        return path_of(key_path).rsplit("/", 1)[-1] in DECAYED
+
+    return jax.tree_util.tree_map_with_path(decayed, params)

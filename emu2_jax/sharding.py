@@ -1,0 +1,140 @@
+"""Where every array lives: one mesh, one table from parameter path to PartitionSpec.
+
+Mesh axes: `data` (replicas of the parameters; across slices on pods), `fsdp` (shards of parameters and batch),
+`tensor` (shards of heads, MLP and vocabulary). Rows of a batch are spread over `data` and `fsdp` together.
+Adam's moments follow their parameter. A path that no rule matches is an error: a renamed parameter must never end up
+replicated on every device in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from emu2_jax.config import MeshConfig
+from emu2_jax.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+
+#: Pattern (full match on the path, without the stack's leading `layers` axis) -> mesh axis of each dimension.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # Visual encoder: "D" stays on fsdp, heads and MLP on tensor.
+    (r"visual_encoder/patch_kernel", (None, "fsdp")),
+    (r"visual_encoder/(patch_bias|class_embedding)", ("fsdp",)),
+    (r"visual_encoder/position_embedding", (None, "fsdp")),
+    (r"visual_encoder/.*/attention/qkv", ("fsdp", None, "tensor", None)),
+    (r"visual_encoder/.*/attention/[qv]_bias", ("tensor", None)),
+    (r"visual_encoder/.*/mlp/up_bias", ("tensor",)),
+    (r"visual_encoder/.*/(out|down)_bias", (None,)),
+    # Language model.
+    (r"language_model/token_embedding", ("tensor", "fsdp")),
+    (r"language_model/head", ("fsdp", "tensor")),
+    (r"language_model/.*/attention/[qkv]", ("fsdp", "tensor", None)),
+    # Both.
+    (r"(visual_encoder|language_model)/.*/attention/out", ("tensor", None, "fsdp")),
+    (r"(visual_encoder|language_model)/.*/mlp/(gate|up)", ("fsdp", "tensor")),
+    (r"(visual_encoder|language_model)/.*/mlp/down", ("tensor", "fsdp")),
+    (r"(visual_encoder|language_model)/.*norm/(scale|bias)", (None,)),
+    # Connector.
+    (r"project_up/kernel", (None, "fsdp")),
+    (r"project_down/kernel", ("fsdp", None)),
+    # U-Net of the visual decoder: output channels on fsdp, whatever the layer.
+    (r"unet/.*/(scale|bias)", (None,)),
+    (r"unet/.*conv.*/kernel", (None, None, None, "fsdp")),
+    (r"unet/.*/kernel", (None, "fsdp")),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run. Raises `ConfigError` when the sizes do not multiply to the number of devices."""
+    devices = jax.devices() if devices is None else devices
+    fixed = config.data * config.tensor
+    fsdp = config.fsdp if config.fsdp is not None else len(devices) // fixed
+    if fixed * fsdp != len(devices):
+        raise ConfigError(
+            f"mesh: data {config.data} x fsdp {config.fsdp or 'rest'} x tensor {config.tensor} does not give the "
+            f"{len(devices)} devices there are; choose sizes whose product is {len(devices)}"
+        )
+    shape = (config.data, fsdp, config.tensor)
+    return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def spec(path: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> P:
+    """PartitionSpec of the parameter at `path`.
+
+    Raises `ConfigError` when no rule matches or a dimension is not divisible by its mesh axis.
+    """
+    stacked = "/layers/" in path
+    for pattern, axes in RULES:
+        if re.fullmatch(pattern, path):
+            break
+    else:
+        raise ConfigError(f"{path}: no sharding rule matches; add one to emu2_jax/sharding.py")
+    axes = (None, *axes) if stacked else axes
+    if len(axes) != len(shape):
+        raise ConfigError(f"{path}: rule {pattern!r} is for {len(axes)} dimensions, the parameter has {tuple(shape)}")
+    for size, axis in zip(shape, axes, strict=True):
+        if axis is not None and size % mesh_shape[axis]:
+            raise ConfigError(f"{path}: a dimension of {size} does not divide over mesh.{axis} = {mesh_shape[axis]}")
+    return P(*axes)
+
+
+def path_of(key_path: Sequence[Any]) -> str:
+    """`visual_encoder/blocks/layers/mlp/up` for the key path of a nested dict."""
+    return "/".join(str(entry.key) for entry in key_path)
+
+
+def parameter_shardings(params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """A NamedSharding for every leaf of a parameter tree (arrays or shapes)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, leaf: NamedSharding(mesh, spec(path_of(key_path), leaf.shape, mesh.shape)), params
+    )
+
+
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation, opt_state: Any, trained: Mapping[str, Any], mesh: Mesh
+) -> Any:
+    """Moments lie as their parameter does; counters are replicated. Without this, jit puts moments on one device."""
+    return optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        opt_state,
+        parameter_shardings(trained, mesh),
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def check_batch(rows: int, accumulation_steps: int, mesh: Mesh, path: str) -> None:
+    """Raise `ConfigError` unless `rows` divides over micro-batches and devices."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation_steps
+    if rows % shards:
+        raise ConfigError(
+            f"{path}: {rows} rows do not divide over mesh.data {mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']} x "
+            f"optimizer.accumulation_steps {accumulation_steps}; take a multiple of {shards}"
+        )
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+    """Bytes that the arrays (or shapes) of `tree` take on one device under `shardings`."""
+    size: Callable[[Any, NamedSharding], int] = lambda leaf, sharding: (
+        math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+    )
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))
