@@ -9,10 +9,11 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
-import tempfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,7 @@ _MAX_NAME_BYTES = 1 << 20  # a longer "long name" is damage, not a name
 _REGULAR = (b"0", b"\0", b"7")  # type flags of plain files
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories, pipes
 _EXTENDED = (b"L", b"K", b"x", b"g")  # headers about other members
+_COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")  # gzip, zstd, bzip2, xz
 _ARRAYS = ("keys", "starts", "offsets", "sizes", "is_image", "slots", "tokens")
 
 
@@ -115,10 +117,13 @@ def _scan_members(path: str, descriptor: int, file_size: int) -> Iterator[Member
 
 
 def _check_header(path: str, header: bytes, position: int, where: str) -> None:
+    if position == 0 and header.startswith(_COMPRESSED):
+        raise DataError(f"{path}: is compressed; wanted a plain tar, because samples are read by their offset")
     if len(header) < _BLOCK:
         raise DataError(f"{path}: cut: the file ends at {where}, without the end mark of a tar")
     if not _checksum_is_right(header):
-        raise DataError(f"{path}: {_foreign(header) if position == 0 else f'damaged: no tar header at {where}'}")
+        what = "is not a tar file: no tar header at byte 0" if position == 0 else f"damaged: no tar header at {where}"
+        raise DataError(f"{path}: {what}")
     if header[156:157] == b"S":
         raise DataError(f"{path}: sparse member at {where}; wanted plain files")
 
@@ -167,12 +172,6 @@ def _check_end(path: str, descriptor: int, position: int) -> None:
             f"{path}: data at byte {position + first} after the end mark at byte {position}; "
             "wanted one tar a file (were several joined with cat?)"
         )
-
-
-def _foreign(header: bytes) -> str:
-    if header[:2] == b"\x1f\x8b" or header[:4] == b"\x28\xb5\x2f\xfd" or header[:3] == b"BZh":
-        return "is compressed; wanted a plain tar, because samples are read by their offset (unpack it once)"
-    return "is not a tar file: no tar header at byte 0"
 
 
 def _number(field: bytes) -> int | None:
@@ -482,17 +481,25 @@ def _store(index: SampleIndex, identity: dict[str, object], tokenizer: Tokenizer
     bad = [{"cause": b.cause, "key": b.key, "offset": b.offset, "detail": b.detail} for b in index.bad]
     header = {**identity, "tokenizer": tokenizer.fingerprint if tokenizer else None, "bad": bad}
     arrays = {name: getattr(index, name) for name in _ARRAYS}
+    content = io.BytesIO()
+    np.savez(content, header=np.array(json.dumps(header)), **arrays)
     for target in index_paths(index.paths[0], index.kind):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, header=np.array(json.dumps(header)), **arrays)
-            os.replace(temporary, target)  # readers see the whole file or none
+        if _write_whole(target, content.getbuffer()):
             return
-        except OSError:
-            continue  # a read-only data directory: the cache directory is next
     logging.getLogger(__name__).warning("%s: no place to store its index; it is built at every start", index.paths[0])
+
+
+def _write_whole(target: Path, content: memoryview) -> bool:
+    """Writes a file so that readers see all of it or nothing; False where it cannot be written."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def open_shard(path: str, kind: Kind, tokenizer: Tokenizer | None) -> SampleIndex:

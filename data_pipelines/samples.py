@@ -19,10 +19,11 @@ from data_pipelines.shards import ShardReader
 from emu2_jax.errors import DataError
 
 #: Formats found in image shards, whatever the suffix says; a list, because Pillow also knows formats that run programs.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+Image.init()  # Pillow loads its plugins on first use, which is not safe in several threads at once
 
 #: What Pillow raises for damaged bytes, besides OSError.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, OverflowError)
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 #: Pixels; larger pictures would take gigabytes while they are decoded. Pillow warns above the same number.
 MAX_PIXELS = 89_478_485

@@ -42,9 +42,7 @@ class Checkpointer:
             enable_async_checkpointing=config.asynchronous,
             step_format_fixed_length=8,
         )
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=options, item_names=("state", "input", "config")
-        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "input", "config"))
 
     def _remove_unfinished(self) -> None:
         """A save that was killed leaves a temporary directory: say so, and clear it away."""

@@ -7,7 +7,6 @@ inference code. **open** marks a value that neither states: it is this project's
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,9 +60,9 @@ class ModelConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     num_visual_tokens: int = 64  #: N, embeddings per image after pooling; a square number (paper: 64 = 8 x 8)
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of products; norms, softmax and losses are float32
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of products; norms, softmax, losses are float32
     frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: storage of parts that do not train
-    remat: Literal["none", "dots", "full"] = "full"  #: what the backward pass recomputes: nothing, all but products, all
+    remat: Literal["none", "dots", "full"] = "full"  #: recomputed in the backward pass: nothing, all but products, all
 
 
 @dataclass(frozen=True, kw_only=True)

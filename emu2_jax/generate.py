@@ -66,9 +66,7 @@ class Generator:
     def text(self, prompts: Sequence[Sequence[Link]], *, max_tokens: int) -> list[str]:
         """Greedy continuation of each prompt, up to `</s>` or `max_tokens`."""
         tokenizer = self.tokenizer
-        ids = np.asarray(
-            self._text(self.params, self._batch(prompts), num_tokens=max_tokens, end_id=tokenizer.eos_id)
-        )
+        ids = np.asarray(self._text(self.params, self._batch(prompts), num_tokens=max_tokens, end_id=tokenizer.eos_id))
         return [tokenizer.decode(_until(row.tolist(), tokenizer.eos_id), skip_special_tokens=True) for row in ids]
 
     def image_embeddings(self, prompts: Sequence[Sequence[Link]]) -> Float[np.ndarray, "B N E"]:

@@ -85,7 +85,7 @@ def cross_entropy(
     Logits of one block exist at once (float32, B x block x V) and are recomputed in the backward pass: at the 37B
     model's size the logits of whole rows would take more memory than the rest of the activations.
     """
-    rows, length, width = hidden.shape
+    rows, length, _ = hidden.shape
     block = min(block_positions or length, length)
     padding = -length % block
     num_blocks = (length + padding) // block

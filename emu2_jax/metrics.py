@@ -28,7 +28,9 @@ class MetricWriter:
         _drop_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._bar = tqdm(total=num_steps, initial=start_step, desc=title, unit="step", dynamic_ncols=True, mininterval=1)
+        self._bar = tqdm(
+            total=num_steps, initial=start_step, desc=title, unit="step", dynamic_ncols=True, mininterval=1
+        )
 
     def advance(self, loss: float, rates: Mapping[str, float]) -> None:
         """One more step is done: move the bar, whose time left and rates the user watches."""

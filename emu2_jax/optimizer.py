@@ -57,16 +57,16 @@ def split_frozen(config: OptimizerConfig, params: Mapping[str, Any]) -> tuple[di
 
 
 def build(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay on matrices, per-part learning rates. For trained parts only."""
+    """Clip by global norm, Adam, decoupled weight decay on matrices, per-part learning rates; for trained parts only."""
     relative = relative_schedule(config, num_steps)
 
     def scale_by_part(updates: Any, state: optax.ScaleByScheduleState, params: Any = None) -> tuple[Any, Any]:
         del params
         rate = relative(state.count)
-        scaled = {
-            part: jax.tree.map(lambda u, peak=peak_learning_rate(config, part): -peak * rate * u, tree)
-            for part, tree in updates.items()
-        }
+        scaled = {}
+        for part, tree in updates.items():
+            step_size = -peak_learning_rate(config, part) * rate
+            scaled[part] = optax.tree.scale(step_size, tree)
         return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)

@@ -681,7 +681,7 @@ def _dress(axes: Axes, unit: str, logarithmic: bool) -> None:
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,), numticks=8))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}".replace("e-0", "e-")))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
 
 
 def _spans_decades(lines: Iterable[Series]) -> bool:

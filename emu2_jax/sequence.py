@@ -21,7 +21,8 @@ same segment id; padding has segment id 0 and carries no loss.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 

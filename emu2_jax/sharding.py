@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,11 +73,10 @@ def spec(path: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> P:
     Raises `ConfigError` when no rule matches or a dimension is not divisible by its mesh axis.
     """
     stacked = "/layers/" in path
-    for pattern, axes in RULES:
-        if re.fullmatch(pattern, path):
-            break
-    else:
+    rule = next(((pattern, axes) for pattern, axes in RULES if re.fullmatch(pattern, path)), None)
+    if rule is None:
         raise ConfigError(f"{path}: no sharding rule matches; add one to emu2_jax/sharding.py")
+    pattern, axes = rule
     axes = (None, *axes) if stacked else axes
     if len(axes) != len(shape):
         raise ConfigError(f"{path}: rule {pattern!r} is for {len(axes)} dimensions, the parameter has {tuple(shape)}")
@@ -134,7 +133,8 @@ def check_batch(rows: int, accumulation_steps: int, mesh: Mesh, path: str) -> No
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
     """Bytes that the arrays (or shapes) of `tree` take on one device under `shardings`."""
-    size: Callable[[Any, NamedSharding], int] = lambda leaf, sharding: (
-        math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-    )
+
+    def size(leaf: Any, sharding: NamedSharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
     return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))

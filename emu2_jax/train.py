@@ -258,9 +258,8 @@ class BatchPlacer:
         self._sharding = sharding.batch_sharding(mesh)
 
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        return {
-            name: jax.make_array_from_process_local_data(self._sharding, array) for name, array in arrays.items()
-        }
+        """Put this host's rows on its devices."""
+        return {name: jax.make_array_from_process_local_data(self._sharding, array) for name, array in arrays.items()}
 
 
 class Monitor:

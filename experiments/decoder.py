@@ -1,6 +1,6 @@
 """Emu2's visual decoder at full size (paper section 2.3, table 7): an SDXL U-Net on frozen visual embeddings.
 
-    emu2 train emu2_37b_decoder --workdir DIR --dry_run
+emu2 train emu2_37b_decoder --workdir DIR --dry_run
 """
 
 from __future__ import annotations

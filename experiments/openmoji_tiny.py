@@ -1,6 +1,6 @@
 """A tiny Emu2 on the embedded corpus: every stage of the big one, in minutes on a laptop.
 
-    emu2 data openmoji --out runs/demo/data
+    emu2 data openmoji --preset tiny --out runs/demo/data
     emu2 train openmoji_tiny_stage1 --workdir runs/demo/stage1
     emu2 train openmoji_tiny_stage2 --workdir runs/demo/stage2
     emu2 train openmoji_tiny_decoder --workdir runs/demo/decoder
@@ -13,8 +13,9 @@ the decoder's latents are space-to-depth instead of a VAE's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from data_pipelines.corpora.openmoji import OpenMojiSettings
 from emu2_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -31,15 +32,31 @@ from emu2_jax.config import (
     VisionConfig,
 )
 
+#: Sizes of the embedded corpus. `tiny` is what these recipes train on, `minimal` is enough to see that it all runs.
+CORPORA: Mapping[str, OpenMojiSettings] = {
+    "full": OpenMojiSettings(),
+    "tiny": OpenMojiSettings(
+        num_pairs=12_000, num_interleaved=2_000, num_heldout_scenes=256, num_unseen=128, num_emoji=160, vocab_size=1024
+    ),
+    "minimal": OpenMojiSettings(
+        num_pairs=200,
+        num_interleaved=40,
+        num_text=40,
+        num_heldout_scenes=16,
+        num_unseen=8,
+        num_emoji=40,
+        samples_per_shard=100,
+        vocab_size=1024,
+    ),
+}
+
 DATA = "runs/demo/data"
 IMAGE_SIZE = 64
 VOCAB_SIZE = 1024 + 272  # SentencePiece pieces and Emu2's special tokens
 
 MODEL = ModelConfig(
     vision=VisionConfig(image_size=IMAGE_SIZE, patch_size=8, width=192, num_layers=4, num_heads=4, mlp_width=512),
-    language=LanguageConfig(
-        vocab_size=VOCAB_SIZE, width=256, num_layers=4, num_heads=4, num_kv_heads=4, mlp_width=688
-    ),
+    language=LanguageConfig(vocab_size=VOCAB_SIZE, width=256, num_layers=4, num_heads=4, num_kv_heads=4, mlp_width=688),
     num_visual_tokens=16,
     compute_dtype="float32",
     frozen_dtype="float32",

@@ -184,6 +184,7 @@ def test_a_run_with_nothing_but_metrics_says_what_is_missing(tmp_path: Path) -> 
         assert f"this run has no {name}" in words
     assert "No bars: metrics.json sets none." in words
     assert "No data/ATTRIBUTION.txt" in words
+    assert "Beside their baselines" not in words  # a number alone is no comparison
 
 
 def test_a_stage_without_its_log_and_config_says_so(run_dir: Path) -> None:

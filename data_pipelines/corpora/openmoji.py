@@ -29,10 +29,10 @@ import sentencepiece
 from PIL import Image
 from tqdm import tqdm
 
-from data_pipelines.corpora.openmoji_drawings import GROUPS, Emoji
+from data_pipelines.corpora.openmoji_drawings import GROUPS, Emoji, catalogue
 from data_pipelines.corpora.openmoji_scenes import LAYOUTS, Scene, describe, random_scene, render
 from data_pipelines.corpora.openmoji_splits import HeldOutRules, split_emoji
-from data_pipelines.corpora.openmoji_stories import Story, random_story
+from data_pipelines.corpora.openmoji_stories import random_story
 from data_pipelines.corpora.openmoji_text import prose_passages
 from data_pipelines.shard_writer import ShardWriter, shard_name, shard_ranges
 from emu2_jax.errors import ConfigError, DataError
@@ -77,14 +77,18 @@ class OpenMojiSettings:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.groups) - set(GROUPS))
         self._require("groups", not unknown and bool(self.groups), f"of {', '.join(GROUPS)}")
-        self._require("num_emoji", self.num_emoji is None or self.num_emoji >= 12, "at least 12, or None")
+        available = sum(len(catalogue(group)) for group in self.groups)
+        enough = 12 <= (available if self.num_emoji is None else self.num_emoji) <= available
+        self._require(
+            "num_emoji", enough, f"12 to the {available} emoji of the groups, or None if these are 12 or more"
+        )
         for name in ("num_pairs", "num_interleaved", "num_heldout_scenes", "num_unseen"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("unseen_share", "heldout_pair_share", "heldout_placement_share"):
-            self._require(name, 0 < getattr(self, name) <= 0.5, "above 0 and at most 0.5")
+            self._require(name, 0.01 <= getattr(self, name) <= 0.5, "0.01 to 0.5")
         self._require("max_objects", 1 <= self.max_objects <= max(LAYOUTS), f"1 to {max(LAYOUTS)}")
         self._require("max_count", 1 <= self.max_count <= 4, "1 to 4")
-        self._require("image_size", self.image_size >= 32, "at least 32 pixels")
+        self._require("image_size", self.image_size >= 48, "at least 48 pixels")
         self._require("samples_per_shard", self.samples_per_shard >= 1, "at least 1")
         self._require("text_passage_chars", self.text_passage_chars >= 100, "at least 100")
         self._require("vocab_size", self.vocab_size >= 512, "at least 512")
@@ -116,6 +120,8 @@ def build(
         return info
     partial = target.with_name(target.name + ".partial")
     if partial.exists():
+        if not (partial / "ATTRIBUTION.txt").is_file():
+            raise DataError(f"{partial}: is in the way and no unfinished build; wanted it moved or removed")
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     (partial / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
@@ -135,7 +141,9 @@ def _existing(target: Path, settings: OpenMojiSettings) -> dict[str, Any]:
         info = json.loads((target / "corpus.json").read_text(encoding="utf-8"))
         there = info["settings"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{target}: exists and is not an OpenMoji corpus (no valid corpus.json); wanted a new directory") from error
+        raise DataError(
+            f"{target}: exists and is not an OpenMoji corpus (no valid corpus.json); wanted a new directory"
+        ) from error
     wanted = _plain(settings)
     differing = [
         f"{name} (there {there.get(name)!r}, wanted {wanted.get(name)!r})"
@@ -153,34 +161,41 @@ def _plain(settings: OpenMojiSettings) -> dict[str, Any]:
 
 
 class _TqdmProgress:
-    """Progress as a bar on stderr for each thing that is done."""
+    """Progress as bars on stderr, one for each thing that is done."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
+        self._bar = tqdm(disable=True)
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if self._bar is None or self._bar.desc != f"{what}: ":
+        if self._bar.disable:
             self._bar = tqdm(desc=what, total=total, file=sys.stderr)
         self._bar.update(done - self._bar.n)
         if done == total:
             self._bar.close()
-            self._bar = None
 
+
+#: How many groups of drawings the training scenes of one emoji have, by its turn: any three turns in a row show it
+#: alone and with others.
+_NUM_OBJECTS_BY_TURN = (1, 2, 1, 2, 3, 1, 2, 1, 2, 4)
 
 # Shards
+
+Kind = Literal["pairs", "interleaved", "text", "scenes", "unseen"]
+_TRAINING_KINDS: tuple[Kind, ...] = ("pairs", "interleaved", "text")
+_HELDOUT_KINDS: tuple[Kind, ...] = ("scenes", "unseen")
 
 
 @dataclass(frozen=True)
 class _Job:
     """One shard to write."""
 
-    kind: Literal["pairs", "interleaved", "text", "scenes", "unseen"]
+    kind: Kind
     number: int
     samples: range
 
     @property
     def path(self) -> str:
-        split = "heldout" if self.kind in ("scenes", "unseen") else "train"
+        split = "heldout" if self.kind in _HELDOUT_KINDS else "train"
         return f"{split}/{shard_name(self.kind, self.number)}"
 
 
@@ -192,7 +207,7 @@ def _split(settings: OpenMojiSettings) -> tuple[tuple[Emoji, ...], tuple[Emoji, 
 
 def _jobs(settings: OpenMojiSettings) -> list[_Job]:
     num_text = len(prose_passages(settings.text_passage_chars)) if settings.num_text is None else settings.num_text
-    sizes: Mapping[Any, int] = {
+    sizes: Mapping[Kind, int] = {
         "pairs": settings.num_pairs,
         "interleaved": settings.num_interleaved,
         "text": num_text,
@@ -213,14 +228,14 @@ def _write_shards(
     total = sum(len(job.samples) for job in jobs)
     done = 0
     report("writing samples", 0, total)
-    texts: dict[str, list[str]] = {}
+    texts: dict[Kind, list[str]] = {kind: [] for kind in _TRAINING_KINDS}
     write = functools.partial(_write_shard, directory=directory, settings=settings)
     for job, shard_texts in zip(jobs, _in_processes(write, jobs, processes), strict=True):
         done += len(job.samples)
         report("writing samples", done, total)
-        of_kind = texts.setdefault(job.kind, [])
-        of_kind += shard_texts[: _TOKENIZER_TEXTS - len(of_kind)]
-    return list(itertools.chain.from_iterable(of_kind for kind, of_kind in texts.items() if kind in _TRAINED_KINDS))
+        if job.kind in texts:
+            texts[job.kind] += shard_texts[: _TOKENIZER_TEXTS - len(texts[job.kind])]
+    return list(itertools.chain.from_iterable(texts.values()))
 
 
 def _in_processes(function: Callable[[_Job], list[str]], jobs: Sequence[_Job], processes: int) -> Iterator[list[str]]:
@@ -230,15 +245,178 @@ def _in_processes(function: Callable[[_Job], list[str]], jobs: Sequence[_Job], p
         return
     # Spawned, because forking a process that runs JAX's threads can hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield from pool.map(function, jobs)
 
 
 def _write_shard(job: _Job, *, directory: Path, settings: OpenMojiSettings) -> list[str]:
+    """Writes one shard; returns its texts."""
     texts = []
     with ShardWriter(directory / job.path) as writer:
         for index in job.samples:
-            parts, sample_texts = _SAMPLES[job.kind](index, settings)
+            # Each sample has its own draws, so that it does not depend on the shard or the process that holds it.
+            rng = random.Random(f"{settings.seed}/{job.kind}/{index}")
+            parts = _SAMPLES[job.kind](index, settings, rng)
             writer.write(f"{job.kind}-{index:08d}", parts)
-            texts += sample_texts
+            texts += [payload.decode() for part, payload in parts.items() if part.endswith("txt")]
     return texts
+
+
+# Samples
+
+Parts = dict[str, bytes]  # extension -> content
+
+
+def _training_pair(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    seen, _, rules = _split(settings)
+    turn, which = divmod(index, len(seen))
+    first = seen[which]
+    wanted = _NUM_OBJECTS_BY_TURN[(turn + which) % len(_NUM_OBJECTS_BY_TURN)]
+    for attempt in itertools.count():
+        # With few emoji there may be no larger set without a held-out pair.
+        num_objects = max(1, min(wanted, settings.max_objects) - attempt // 200)
+        others = [first if rng.random() < 0.1 else rng.choice(seen) for _ in range(num_objects - 1)]
+        scene = _scene([first, *others], settings, rng)
+        if not rules.holds_out_any([scene]):
+            return _pair_parts(scene, None, rng)
+    raise AssertionError("unreachable")
+
+
+def _heldout_pair(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    seen, _, rules = _split(settings)
+    pairs = _heldout_emoji_pairs(settings)
+    if pairs and settings.max_objects > 1 and index % 4:
+        num_more = rng.choice((0, 1)) if settings.max_objects > 2 else 0
+        emoji = [*rng.choice(pairs), *rng.choices(seen, k=num_more)]
+        return _pair_parts(_scene(emoji, settings, rng), "pair", rng)
+    while True:
+        scene = _scene([rng.choice(seen)], settings, rng)
+        if rules.holds_out_any([scene]):
+            return _pair_parts(scene, "placement", rng)
+
+
+def _unseen_pair(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    seen, unseen, _ = _split(settings)
+    emoji = [unseen[index % len(unseen)]]
+    if settings.max_objects > 1 and rng.random() < 0.5:
+        emoji.append(rng.choice(seen))
+    return _pair_parts(_scene(emoji, settings, rng), "emoji", rng)
+
+
+def _interleaved(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    seen, _, rules = _split(settings)
+    while True:
+        story = random_story(seen, image_size=settings.image_size, max_count=settings.max_count, rng=rng)
+        if not rules.holds_out_any(story.scenes):
+            break
+    parts = {}
+    for i, text in enumerate(story.texts):
+        parts[f"{i}.txt"] = text.encode()
+        if i < len(story.scenes):
+            parts[f"{i}.png"] = _png(story.scenes[i])
+    parts["json"] = _json({"texts": story.texts, "scenes": [scene.to_json() for scene in story.scenes]})
+    return parts
+
+
+def _text(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    return {"txt": _shuffled_passages(settings)[index].encode()}
+
+
+_SAMPLES: Mapping[Kind, Callable[[int, OpenMojiSettings, random.Random], Parts]] = {
+    "pairs": _training_pair,
+    "interleaved": _interleaved,
+    "text": _text,
+    "scenes": _heldout_pair,
+    "unseen": _unseen_pair,
+}
+
+
+def _scene(emoji: Sequence[Emoji], settings: OpenMojiSettings, rng: random.Random) -> Scene:
+    return random_scene(emoji, image_size=settings.image_size, max_count=settings.max_count, rng=rng)
+
+
+def _pair_parts(scene: Scene, held_out: str | None, rng: random.Random) -> Parts:
+    caption = describe(scene, rng)
+    facts = {"caption": caption, "held_out": held_out, **scene.to_json()}
+    return {"png": _png(scene), "txt": caption.encode(), "json": _json(facts)}
+
+
+def _png(scene: Scene) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(render(scene)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+@functools.lru_cache(maxsize=1)
+def _heldout_emoji_pairs(settings: OpenMojiSettings) -> tuple[tuple[Emoji, Emoji], ...]:
+    seen, _, rules = _split(settings)
+    return tuple(pair for pair in itertools.combinations(seen, 2) if rules.holds_out_pair(*pair))
+
+
+@functools.lru_cache(maxsize=1)
+def _shuffled_passages(settings: OpenMojiSettings) -> tuple[str, ...]:
+    passages = list(prose_passages(settings.text_passage_chars))
+    random.Random(f"{settings.seed}/text").shuffle(passages)
+    return tuple(passages)
+
+
+# Tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A SentencePiece model of LLaMA's kind with exactly `vocab_size` pieces; equal texts give equal bytes.
+
+    Raises `DataError` when the texts do not hold that many pieces.
+    Source: LLaMA's tokenizer.model: BPE, byte fallback, split digits, dummy prefix, text taken as it is; ids 0 to 2 are
+    `<unk>`, `<s>`, `</s>`, and there is no padding.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.99995,
+            byte_fallback=True,
+            split_digits=True,
+            add_dummy_prefix=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,  # more make the result depend on their timing
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(f"tokenizer: cannot make {vocab_size} pieces from the corpus's texts: {error}") from error
+    return model.getvalue()
+
+
+# What corpus.json says
+
+
+def _describe_corpus(settings: OpenMojiSettings, jobs: Sequence[_Job]) -> dict[str, Any]:
+    seen, unseen, rules = _split(settings)
+    counts: dict[str, int] = {}
+    for job in jobs:
+        counts[job.kind] = counts.get(job.kind, 0) + len(job.samples)
+    return {
+        "corpus": "openmoji",
+        "settings": _plain(settings),
+        "samples": counts,
+        "samples_per_shard": {job.path: len(job.samples) for job in jobs},
+        "emoji_seen": [one.name for one in seen],
+        "emoji_unseen": [one.name for one in unseen],
+        "held_out": [*rules.in_words(), f"{len(unseen)} emoji, by hash: never in a training picture"],
+        "attribution": ATTRIBUTION,
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+    }

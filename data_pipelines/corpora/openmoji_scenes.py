@@ -112,13 +112,13 @@ def render(scene: Scene) -> UInt8[np.ndarray, "S S 3"]:
     return np.asarray(image)
 
 
-@functools.lru_cache(maxsize=2048)
+@functools.lru_cache(maxsize=128)
 def _background_image(background: Background, size: int) -> Image.Image:
     first, last = (np.array(COLOURS[name], np.float32) for name in (background.colours[0], background.colours[-1]))
     down, across = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
     match background.pattern:
         case "plain":
-            share = np.zeros((size, size))
+            share: np.ndarray = np.zeros((size, size))
         case "split left and right":
             share = across >= size / 2
         case "split top and bottom":
@@ -183,10 +183,10 @@ def place(
     columns, rows = _grid(count, width, height)
     gap = max(1, image_size // 64)
     room_per_drawing = min(width / columns, height / rows) - gap
-    side = int(min(rng.uniform(*_SIDE_RANGE[size]) * image_size, room_per_drawing))
+    side = min(rng.uniform(*_SIDE_RANGE[size]) * image_size, room_per_drawing)
     if side < _SIDE_MIN[size] * image_size:
         return None
-    pitch = side + gap
+    pitch = int(side) + gap
     middle_x = (room_left + room_right) / 2 + _shift(width - columns * pitch, image_size, rng)
     middle_y = (room_top + room_bottom) / 2 + _shift(height - rows * pitch, image_size, rng)
     boxes = []
@@ -195,7 +195,7 @@ def place(
         in_this_row = min(columns, count - row * columns)
         x = middle_x + (column - (in_this_row - 1) / 2) * pitch
         y = middle_y + (row - (rows - 1) / 2) * pitch
-        boxes.append(_box(emoji, side, x, y, image_size))
+        boxes.append(_box(emoji, int(side), x, y, image_size))
     return SceneObject(emoji, size, position, tuple(boxes))
 
 
@@ -207,11 +207,10 @@ def _room(
     # A large drawing that is alone may reach over the middle and is still clearly on its side.
     reach = 1 / 3 if thirds else 0.64 if len(layout) == 1 and single_size == "large" else 1 / 2
     spans = {"left": (0.0, reach), "top": (0.0, reach), "right": (1 - reach, 1.0), "bottom": (1 - reach, 1.0)}
-    words = position.split()
-    middle = (reach, 1 - reach) if thirds else (0.0, 1.0)
-    across = middle if position == "centre" and "left" in layout else (0.0, 1.0)
-    down = middle if position == "centre" and "top" in layout else (0.0, 1.0)
-    for word in words:
+    across = down = (0.0, 1.0)
+    if thirds and position == "centre":
+        across, down = ((reach, 1 - reach), down) if "left" in layout else (across, (reach, 1 - reach))
+    for word in position.split():
         if word in ("left", "right"):
             across = spans[word]
         elif word in ("top", "bottom"):
@@ -240,8 +239,8 @@ def _box(emoji: Emoji, side: int, x: float, y: float, image_size: int) -> Box:
 
 
 def random_background(rng: random.Random) -> Background:
-    """A background: more than half of them plain, all patterns and ordered pairs of colours possible."""
-    pattern: Pattern = rng.choices(PATTERNS, weights=(12, 2, 2, 3, 3))[0]
+    """A background: seven in ten are plain, all patterns and ordered pairs of colours possible."""
+    pattern: Pattern = rng.choices(PATTERNS, weights=(70, 5, 5, 10, 10))[0]
     return Background(pattern, tuple(rng.sample(list(COLOURS), 1 if pattern == "plain" else 2)))
 
 
@@ -278,16 +277,11 @@ def random_object(
 
 # Describing
 
-_PLACE_PHRASES: Mapping[Position, tuple[str, ...]] = {
-    "left": ("on the left",),
-    "right": ("on the right",),
-    "top": ("at the top",),
-    "bottom": ("at the bottom",),
-    "centre": ("in the centre",),
-    "top left": ("at the top left", "in the top left corner"),
-    "top right": ("at the top right", "in the top right corner"),
-    "bottom left": ("at the bottom left", "in the bottom left corner"),
-    "bottom right": ("at the bottom right", "in the bottom right corner"),
+_PLACE_PHRASES: Mapping[Position, str] = {
+    "left": "on the left",
+    "right": "on the right",
+    "centre": "in the centre",
+    **{position: f"at the {position}" for position in POSITIONS if position.startswith(("top", "bottom"))},
 }
 #: How the first object stands to the second, in a scene of just these two places.
 _RELATIONS: Mapping[tuple[Position, Position], tuple[str, ...]] = {
@@ -299,41 +293,39 @@ _RELATIONS: Mapping[tuple[Position, Position], tuple[str, ...]] = {
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """A true description in one of many wordings, of 6 to 40 words and 14 on average, lower case, no full stop.
+    """A true description in one of many wordings, 10 to 50 words and 19 on average, lower case, no full stop.
 
     "two small dogs at the bottom right and a large owl at the top left, on a light blue background"
     """
     things = list(scene.objects)
     rng.shuffle(things)
-    text = _describe_objects(things, rng)
     background = describe_background(scene.background)
     match rng.randrange(6):
         case 0:
-            return f"on {background}: {text}"
+            return f"{background} with {_describe_objects(things, rng)}"
         case 1:
-            return f"{background} with {text}"
+            return f"a picture of {_describe_objects(things, rng)}, on {background}"
         case 2:
-            return f"a picture of {text}, on {background}"
+            return f"on {background}: {_describe_objects(things, rng, place_first=rng.random() < 0.3)}"
         case _:
-            return f"{text}, on {background}"
+            return f"{_describe_objects(things, rng, place_first=rng.random() < 0.3)}, on {background}"
 
 
-def _describe_objects(things: Sequence[SceneObject], rng: random.Random) -> str:
+def _describe_objects(things: Sequence[SceneObject], rng: random.Random, place_first: bool = False) -> str:
     if len(things) == 2 and rng.random() < 0.4:
         relation = _RELATIONS.get((things[0].position, things[1].position))
         if relation is not None:
             return f"{things[0].noun_phrase} {rng.choice(relation)} {things[1].noun_phrase}"
-    place_first = rng.random() < 0.25
     phrases = []
     for thing in things:
-        where = place_phrase(thing.position, rng)
+        where = place_phrase(thing.position)
         phrases.append(f"{where} {thing.noun_phrase}" if place_first else f"{thing.noun_phrase} {where}")
     return joined(phrases)
 
 
-def place_phrase(position: Position, rng: random.Random) -> str:
+def place_phrase(position: Position) -> str:
     """Where something stands: "on the left", "at the top left"."""
-    return rng.choice(_PLACE_PHRASES[position])
+    return _PLACE_PHRASES[position]
 
 
 def describe_background(background: Background) -> str:
@@ -349,4 +341,4 @@ def describe_background(background: Background) -> str:
         case "fading":
             return f"a background fading down from {first} to {last}"
         case "bordered":
-            return f"{with_article(first)} background with {with_article(last)} border"
+            return f"{with_article(first)} background bordered in {last}"

@@ -63,8 +63,8 @@ class HeldOutRules:
 
     def in_words(self) -> list[str]:
         """The rules for people to read."""
+        pairs, placements = f"{self.pair_share:.0%}", f"{self.placement_share:.0%}"
         return [
-            f"{self.pair_share:.0%} of the unordered pairs of emoji, by hash: never in one training picture or document",
-            f"{self.placement_share:.0%} of (emoji, first background colour, position), by hash: never in a training "
-            "picture",
+            f"{pairs} of the unordered pairs of emoji, by hash: never in one training picture or document",
+            f"{placements} of (emoji, first background colour, position), by hash: never in a training picture",
         ]

@@ -38,10 +38,15 @@ class Story:
     scenes: tuple[Scene, ...]
 
 
-def random_story(emoji: Sequence[Emoji], *, image_size: int, rng: random.Random) -> Story:
+def random_story(emoji: Sequence[Emoji], *, image_size: int, max_count: int, rng: random.Random) -> Story:
     """A document of 2 to 4 pictures with drawings of `emoji`, of which a story uses up to five."""
-    tell = rng.choices((_changes, _counting, _comparison), weights=(6, 2, 2))[0]
-    return tell(emoji, image_size, rng)
+    match rng.choices(("changes", "counting", "comparison"), weights=(6, 2 if max_count > 1 else 0, 2))[0]:
+        case "changes":
+            return _changes(emoji, image_size, rng)
+        case "counting":
+            return _counting(emoji, image_size, max_count, rng)
+        case _:
+            return _comparison(emoji, image_size, rng)
 
 
 def _colour(rng: random.Random, other_than: str | None = None) -> str:
@@ -83,7 +88,7 @@ def _changes(emoji: Sequence[Emoji], image_size: int, rng: random.Random) -> Sto
 def _add(scene: Scene, cast: list[Emoji], rng: random.Random) -> tuple[Scene, str]:
     position = rng.choice(_free_corners(scene))
     thing = _single(cast.pop(), rng.choice(SIZES), position, CORNERS, scene.image_size, rng)
-    event = f"{thing.noun_phrase} appears {place_phrase(position, rng)}"
+    event = f"{thing.noun_phrase} appears {place_phrase(position)}"
     return dataclasses.replace(scene, objects=(*scene.objects, thing)), event
 
 
@@ -138,11 +143,11 @@ def _with_changed(scene: Scene, old: SceneObject, new: SceneObject) -> Scene:
 # Counting
 
 
-def _counting(emoji: Sequence[Emoji], image_size: int, rng: random.Random) -> Story:
+def _counting(emoji: Sequence[Emoji], image_size: int, max_count: int, rng: random.Random) -> Story:
     one = rng.choice(emoji)
     position = rng.choice(POSITIONS)
     background = Background("plain", (_colour(rng),))
-    counts = list(range(1, rng.choice((3, 4, 5))))
+    counts = list(range(1, rng.randint(2, max_count) + 1))
     if rng.random() < 0.3:
         counts.reverse()
     scenes = [_crowd(one, count, position, background, image_size, rng) for count in counts]
@@ -196,8 +201,9 @@ def _comparison(emoji: Sequence[Emoji], image_size: int, rng: random.Random) -> 
         case _:
             position = rng.choice([position for position in POSITIONS if position != first.position])
             second = dataclasses.replace(first, position=position)
-            places = (place_phrase(shot.position, rng) for shot in (first, second))
+            places = (place_phrase(shot.position) for shot in (first, second))
             difference = f"first the {one.name} is {', then '.join(places)}"
-    scenes = (first.scene(image_size, rng), second.scene(image_size, rng))
+    shift = rng.random()  # one for both, so that nothing else differs
+    scenes = (first.scene(image_size, random.Random(shift)), second.scene(image_size, random.Random(shift)))
     texts = (f"first picture: {describe(scenes[0], rng)}", f"second picture: {describe(scenes[1], rng)}")
     return Story((*texts, f"the difference: {difference}"), scenes)

@@ -88,11 +88,14 @@ def prose_paragraphs(reference: str) -> list[str]:
     """The paragraphs of a plain-text reference page that read as prose, each on one line."""
     paragraphs = []
     for block in re.split(r"\n[ \t]*\n", reference):
-        lines = block.strip("\n").split("\n")
-        indented = lines[0].startswith("   ")
-        text = re.sub(r"^(\* |\[\d+\] )", "", " ".join(block.split()))
+        if block.startswith(("   ", "\n   ")):  # code, grammar, or a note inside a list
+            continue
+        if re.match(r"\n?[^*\[\n].*\n   ", block):  # a term, then its explanation
+            block = block.strip("\n").partition("\n")[2]
+        text = " ".join(re.sub(r"(?<=\w)-\n\s*(?=\w)", "-", block).split())
+        text = re.sub(r"^(\* |\[\d+\] )", "", text)
         prose_share = sum(c.isalpha() or c == " " for c in text) / max(len(text), 1)
-        if not indented and "::=" not in text and prose_share > 0.85 and re.search(r"[.:]$", text) and len(text) > 60:
+        if prose_share > 0.85 and len(text) > 60 and not text[0].islower() and text.endswith((".", ":")):
             paragraphs.append(text)
     return paragraphs
 

@@ -1,0 +1,195 @@
+"""`emu2`: the command line. Parses and calls, nothing else.
+
+Bad input ends with one line on stderr and exit code 2; a run that SIGTERM stopped (its state is saved) with 143.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from emu2_jax.errors import UserError
+
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 128 + 15  # what a shell reports for SIGTERM; schedulers restart on it
+
+TRAIN_EPILOG = """\
+Any setting can be changed, by dotted path:
+  --gin.optimizer.learning_rate=3e-5         one setting (needs the equals sign)
+  --gin_file=experiments/ablations/x.gin     a file of lines `path = value`; may be given several times
+A flag beats a file, a later file an earlier one. docs/config.md has the rules; --dry_run shows the outcome.
+
+The same command goes on where the run stopped. Examples:
+  emu2 train openmoji_tiny_stage1 --workdir runs/mine --gin.train.num_steps=100
+  emu2 train emu2_37b_stage2 --workdir runs/big --dry_run
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(arguments, "gin_file"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    command: Callable[[argparse.Namespace, list[str]], None] = arguments.command
+    try:
+        command(arguments, rest)
+    except UserError as error:
+        print(f"emu2: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("emu2: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + 2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="emu2", description="Train Emu2, use it, measure it.", allow_abbrev=False, epilog="docs/ has a page each."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, function: Callable[[argparse.Namespace, list[str]], None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=function)
+        return command
+
+    demo = add("demo", _demo, "the whole way on the embedded corpus: data, three stages, evaluation, report")
+    demo.add_argument("--run", type=Path, default=Path("runs/demo"), help="directory of the run (runs/demo)")
+    demo.add_argument("--minimal", action="store_true", help="a few steps of everything, to see that it works")
+
+    add("recipes", _recipes, "list the recipes")
+
+    data = add("data", _data, "build a corpus")
+    data.add_argument("corpus", choices=["openmoji"], help="the embedded corpus (docs/corpora.md)")
+    data.add_argument("--out", type=Path, required=True, help="directory to make")
+    data.add_argument("--preset", choices=["tiny", "minimal", "full"], default="full", help="how much of it (full)")
+
+    train = add("train", _train, "train a recipe, or go on with it")
+    train.epilog = TRAIN_EPILOG
+    train.add_argument("recipe", help="a name that `emu2 recipes` lists")
+    train.add_argument("--workdir", type=Path, help="where checkpoints, metrics and the operative config go")
+    train.add_argument("--gin_file", type=Path, action="append", default=[], metavar="FILE", help="override file")
+    train.add_argument("--dry_run", action="store_true", help="show settings, shapes and counts; train nothing")
+    train.add_argument(
+        "--allow_config_change",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="setting (or section) that may differ from the one the work directory was trained with",
+    )
+
+    sweep = add("sweep", _sweep, "print the commands of a recipe's ablations")
+    sweep.add_argument("recipe")
+    sweep.add_argument("--workdir", type=Path, required=True, help="each variant gets a directory in it")
+
+    evaluate = add("evaluate", _evaluate, "measure a trained model on held-out pairs and draw pictures")
+    evaluate.add_argument("run", type=Path, help="run directory: holds stage2/ and decoder/, gets evaluation/")
+
+    generate = add("generate", _generate, "continue a prompt of texts and images")
+    generate.add_argument("run", type=Path, help="run directory: holds stage2/ and decoder/")
+    generate.add_argument(
+        "--prompt", nargs="+", required=True, metavar="LINK", help="texts and image files, in their order"
+    )
+    generate.add_argument("--image", type=Path, metavar="FILE.png", help="draw an image after the prompt, into FILE")
+    generate.add_argument("--max_tokens", type=int, default=48, help="longest text, tokens (48)")
+
+    reconstruct = add("reconstruct", _reconstruct, "encode images and draw them again from their embeddings")
+    reconstruct.add_argument("run", type=Path, help="run directory: holds decoder/")
+    reconstruct.add_argument("images", nargs="+", type=Path)
+    reconstruct.add_argument("--out", type=Path, required=True, help="picture to write: originals above, redrawn below")
+
+    report = add("report", _report, "write report.html of a run")
+    report.add_argument("run", type=Path)
+    return parser
+
+
+# The imports stand inside the commands: `emu2 --help` and errors in the arguments answer at once.
+
+
+def _demo(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.demo import run_demo
+
+    run_demo(arguments.run, minimal=arguments.minimal)
+
+
+def _recipes(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        print(f"{name:<24} {(recipe.__doc__ or '').splitlines()[0]}")
+
+
+def _data(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from data_pipelines.corpora.openmoji import build
+    from experiments.openmoji_tiny import CORPORA
+
+    build(arguments.out, CORPORA[arguments.preset], processes=os.cpu_count() or 1)
+
+
+def _train(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from emu2_jax.errors import ConfigError
+    from emu2_jax.train import Stopped
+    from experiments.describe import describe
+    from experiments.runs import resolve, run_training
+
+    config, provenance = resolve(arguments.recipe, arguments.gin_file, rest)
+    if arguments.dry_run:
+        print(describe(config, provenance))
+        return
+    if arguments.workdir is None:
+        raise ConfigError("--workdir: needed to train; --dry_run does without")
+    try:
+        run_training(config, provenance, arguments.workdir, allowed_changes=arguments.allow_config_change)
+    except Stopped as stopped:
+        print(f"emu2: {stopped}", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+
+
+def _sweep(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from emu2_jax.errors import ConfigError
+    from experiments.recipes import SWEEPS, get
+
+    get(arguments.recipe)
+    if arguments.recipe not in SWEEPS:
+        raise ConfigError(f"{arguments.recipe}: has no sweep; those that have: {', '.join(SWEEPS)}")
+    for variant, settings in SWEEPS[arguments.recipe]():
+        flags = " ".join(f"--gin.{path}={value}" for path, value in settings.items())
+        print(f"emu2 train {arguments.recipe} --workdir {arguments.workdir / variant} {flags}")
+
+
+def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.evaluate import evaluate_run
+
+    for name, value in evaluate_run(arguments.run).items():
+        print(f"{name:<32} {value:.4f}")
+
+
+def _generate(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.use import generate
+
+    generate(arguments.run, arguments.prompt, image_file=arguments.image, max_tokens=arguments.max_tokens)
+
+
+def _reconstruct(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.use import reconstruct
+
+    reconstruct(arguments.run, arguments.images, arguments.out)
+
+
+def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from emu2_jax.report import write_report
+
+    print(write_report(arguments.run))
+
+
+if __name__ == "__main__":
+    main()

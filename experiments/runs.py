@@ -1,0 +1,77 @@
+"""Runs and their work directories: resolve a config, guard the directory, train, and load what was trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import jax
+
+from emu2_jax import overrides
+from emu2_jax.checkpoint import FOLDER, load_parts, saved_parts
+from emu2_jax.config import ExperimentConfig, validate
+from emu2_jax.errors import CheckpointError
+from emu2_jax.metrics import JSONL
+from emu2_jax.task import Params
+from emu2_jax.train import train
+from experiments import recipes
+from experiments.inputs import make_task, open_input, open_tokenizer
+
+CONFIG = "config.gin"
+
+
+def resolve(
+    recipe: str, gin_files: Iterable[Path], gin_flags: Iterable[str]
+) -> tuple[ExperimentConfig, overrides.Provenance]:
+    """The recipe with its overrides applied and checked. Raises `ConfigError`."""
+    config, provenance = overrides.apply(recipes.get(recipe), overrides.read_sources(gin_files, gin_flags))
+    return validate(config), provenance
+
+
+def run_training(
+    config: ExperimentConfig,
+    provenance: overrides.Provenance,
+    workdir: Path,
+    *,
+    allowed_changes: Collection[str] = (),
+) -> None:
+    """Train in `workdir`, or go on there. Everything that can be wrong is looked at before anything compiles."""
+    saved = workdir / CONFIG
+    if saved.exists():
+        overrides.compare_with_saved(config, saved, allowed_changes)
+    elif (workdir / FOLDER).exists() or (workdir / JSONL).exists():
+        raise CheckpointError(f"{workdir}: holds a run but no {CONFIG}; give another --workdir")
+    tokenizer = open_tokenizer(config) if config.train.task == "pretrain" else None
+    data = open_input(config, tokenizer)
+    text = overrides.dump(config, provenance)
+    workdir.mkdir(parents=True, exist_ok=True)
+    _write_atomically(saved, text)
+    train(config, make_task(config, tokenizer), data, workdir, operative_config=text, say=print)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_config(workdir: Path) -> ExperimentConfig:
+    """The operative config that `workdir` was trained with."""
+    path = workdir / CONFIG
+    if not path.exists():
+        raise CheckpointError(f"{workdir}: is no work directory of `emu2 train` (it has no {CONFIG})")
+    name = str(overrides.load(path).get("name"))
+    return overrides.apply(recipes.get(name), overrides.parse_file(path))[0]
+
+
+def load_params(workdir: Path, config: ExperimentConfig) -> Params:
+    """The newest parameters of `workdir`, float32, on the first device."""
+    shapes = jax.eval_shape(make_task(config, None).init, jax.random.key(0))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        part: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), tree)
+        for part, tree in shapes.items()
+        if part in saved_parts(workdir)
+    }
+    return load_parts(workdir, wanted, fit=lambda path, saved, shape: None)

@@ -1,0 +1,72 @@
+"""Use a trained run from the command line: continue a prompt, draw an image, redraw images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from data_pipelines.index import SampleError
+from data_pipelines.samples import decode_image
+from emu2_jax.diffusion import decoder as decoder_lib
+from emu2_jax.errors import DataError, UserError
+from emu2_jax.generate import Generator, Link
+from experiments.evaluate import DECODER_STAGE, MODEL_STAGE
+from experiments.inputs import open_tokenizer
+from experiments.runs import load_config, load_params
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
+
+
+def generate(run: Path, prompt: Sequence[str], *, image_file: Path | None, max_tokens: int) -> None:
+    """Continue the prompt with text (printed), or with an image (written to `image_file`)."""
+    config = load_config(run / MODEL_STAGE)
+    links = [_link(link, config.model.vision.image_size) for link in prompt]
+    if image_file is not None and image_file.exists():
+        raise UserError(f"{image_file}: exists already; give another name")
+    params = load_params(run / MODEL_STAGE, config)
+    generator = Generator(config.model, params, open_tokenizer(config))
+    if image_file is None:
+        print(generator.text([links], max_tokens=max_tokens)[0])
+        return
+    decoder_config = load_config(run / DECODER_STAGE)
+    decoder_params = load_params(run / DECODER_STAGE, decoder_config)
+    embeddings, null = (jnp.asarray(generator.image_embeddings([prompt])) for prompt in (links, []))
+    image = decoder_lib.sample(decoder_config, decoder_params, embeddings, null, jax.random.key(0))
+    _save(np.asarray(image[0]), image_file)
+
+
+def reconstruct(run: Path, images: Sequence[Path], out: Path) -> None:
+    """Write one picture: the images above, what the decoder makes of their embeddings below."""
+    if out.exists():
+        raise UserError(f"{out}: exists already; give another name")
+    config = load_config(run / DECODER_STAGE)
+    originals = np.stack([_read_image(path, config.decoder.image_size) for path in images])
+    params = load_params(run / DECODER_STAGE, config)
+    redrawn = np.asarray(decoder_lib.autoencode(config, params, jnp.asarray(originals), jax.random.key(0)))
+    rows = [np.concatenate(list(row), axis=1) for row in (originals / 255.0, redrawn)]
+    _save(np.concatenate(rows, axis=0), out)
+
+
+def _link(text: str, image_size: int) -> Link:
+    """A prompt link: the name of an image file stands for the image, anything else for itself."""
+    path = Path(text)
+    return _read_image(path, image_size) if path.suffix.lower() in IMAGE_SUFFIXES else text
+
+
+def _read_image(path: Path, image_size: int) -> np.ndarray:
+    try:
+        return decode_image(path.read_bytes(), image_size)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except SampleError as error:
+        raise DataError(f"{path}: is not an image that can be decoded: {error}") from error
+
+
+def _save(image: np.ndarray, path: Path) -> None:
+    Image.fromarray(np.round(image * 255).astype(np.uint8)).save(path)
+    print(path)

@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_shards import WORDS, WriteShard, picture
+
+from data_pipelines.pipeline import (
+    ImageBatch,
+    PackedBatch,
+    Pipeline,
+    open_image_pipeline,
+    open_pipeline,
+    read_pairs,
+)
+from data_pipelines.samples import SampleCounts
+from emu2_jax.config import DataConfig, SourceConfig
+from emu2_jax.errors import ConfigError, DataError
+from emu2_jax.sequence import RowShape, batch_shapes
+from emu2_jax.tokenizer import Tokenizer
+
+Pairs = Callable[..., str]
+
+#: With N = 2 a pair of w words takes 2 + w + 4 positions: 7 to 10, so two or three share a row of 24.
+CONFIG = DataConfig(row_length=24, image_slots=3, global_batch_rows=4, packing_pool=16, read_threads=2)
+
+
+def _source(shards: str, name: str = "pairs", kind: str = "image_text", **settings: object) -> SourceConfig:
+    return SourceConfig(name=name, kind=kind, shards=shards, **settings)  # type: ignore[arg-type]
+
+
+def _open(tokenizer: Tokenizer, *sources: SourceConfig, hosts: int = 1, host: int = 0, **settings: object) -> Pipeline:
+    config = dataclasses.replace(CONFIG, sources=sources, **settings)  # type: ignore[arg-type]
+    return open_pipeline(config, visual_tokens=2, image_size=4, tokenizer=tokenizer, hosts=hosts, host=host)
+
+
+def _assert_equal(one: PackedBatch | ImageBatch, other: PackedBatch | ImageBatch) -> None:
+    assert dataclasses.replace(one, fields={}) == dataclasses.replace(other, fields={})
+    for name, array in one.fields.items():
+        assert np.array_equal(array, other.fields[name]), name
+
+
+def _greys(batch: PackedBatch) -> list[int]:
+    """The images of a batch; each pair of the test shards has its own grey."""
+    return batch.fields["images"][batch.fields["image_mask"]][:, 0, 0, 0].tolist()
+
+
+def _first(pipeline: Pipeline, count: int, start: int = 0) -> list[PackedBatch]:
+    stream = pipeline.iterate(start)
+    batches = list(itertools.islice(stream, count))
+    stream.close()  # type: ignore[attr-defined]
+    return batches
+
+
+@pytest.fixture
+def three_kinds(write_shard: WriteShard, pairs: Pairs) -> tuple[SourceConfig, ...]:
+    stories: list[tuple[str, bytes]] = []
+    for i in range(15):
+        for slot in range(1 + i % 2):
+            stories += [(f"s{i}.{slot}.txt", WORDS[i % 10].encode()), (f"s{i}.{slot}.png", picture(100 + i))]
+    texts = [(f"t{i}.txt", " ".join(WORDS[: 1 + i % 9]).encode()) for i in range(20)]
+    return (
+        _source(pairs("pairs.tar", 30)),
+        _source(write_shard("stories.tar", stories), "stories", "interleaved"),
+        _source(write_shard("texts.tar", texts), "texts", "text"),
+    )
+
+
+# --- what a batch is --------------------------------------------------------------------------------------------------
+
+
+def test_one_row_exactly(write_shard: WriteShard, tokenizer: Tokenizer) -> None:
+    shard = write_shard("a.tar", [("a.txt", b"red cat"), ("a.png", picture(50))])
+    batch = _open(tokenizer, _source(shard), row_length=10, image_first_probability=1.0, global_batch_rows=1).batch(0)
+    start, image, end = tokenizer.image_start_id, tokenizer.image_id, tokenizer.image_end_id
+    red, cat = tokenizer.encode("red cat")
+    assert batch.fields["tokens"].tolist() == [[1, start, image, image, end, red, cat, 2, *[tokenizer.pad_id] * 2]]
+    assert batch.fields["segment_ids"].tolist() == [[1] * 8 + [0] * 2]
+    assert batch.fields["images"][0, :, 0, 0, 0].tolist() == [50, 0, 0]
+    assert (batch.sources, batch.epochs, batch.num_samples, batch.num_documents) == (("pairs",), {"pairs": 0}, 1, 1)
+
+
+@pytest.mark.parametrize("mixing", ["mixed", "one_source_per_step"])
+def test_fields_have_the_shapes_of_the_contract(
+    three_kinds: tuple[SourceConfig, ...], tokenizer: Tokenizer, mixing: str
+) -> None:
+    pipeline = _open(tokenizer, *three_kinds, mixing=mixing)
+    for step in range(4):
+        expected = batch_shapes(4, RowShape(length=24, image_slots=3, visual_tokens=2, image_size=4))
+        fields = pipeline.batch(step).fields
+        assert {name: (array.shape, array.dtype.type) for name, array in fields.items()} == expected
+
+
+def test_rows_obey_the_slot_rules(three_kinds: tuple[SourceConfig, ...], tokenizer: Tokenizer) -> None:
+    pipeline = _open(tokenizer, *three_kinds)
+    for step in range(12):
+        fields = pipeline.batch(step).fields
+        for row in range(4):
+            segments, visual = fields["segment_ids"][row], fields["is_visual"][row]
+            used = int((segments > 0).sum())
+            assert (np.diff(segments[:used]) >= 0).all() and not segments[used:].any()  # no bad samples: no holes
+            for segment in range(1, segments.max() + 1):
+                positions = fields["positions"][row][segments == segment]
+                assert positions.tolist() == list(range(len(positions)))
+            num_images = int(fields["image_mask"][row].sum())
+            assert fields["image_mask"][row, :num_images].all()
+            assert fields["visual_index"][row][visual].tolist() == list(range(2 * num_images))
+            assert (fields["tokens"][row] == tokenizer.image_id).tolist() == visual.tolist()
+            assert (fields["loss_weights"][row] == (segments > 0)).all()
+
+
+# --- epochs, order, resume --------------------------------------------------------------------------------------------
+
+
+def test_every_sample_is_in_each_epoch_once(pairs: Pairs, tokenizer: Tokenizer) -> None:
+    shards = [pairs("a-0.tar", 30), pairs("a-1.tar", 23, 30)]
+    pipeline = _open(tokenizer, _source(shards[0].replace("a-0", "a-{0..1}")), global_batch_rows=1)
+    seen: dict[int, list[int]] = collections.defaultdict(list)
+    for batch in _first(pipeline, 80):
+        seen[batch.epochs["pairs"]] += _greys(batch)
+    assert len(seen) >= 3
+    for epoch in range(len(seen) - 1):
+        assert sorted(seen[epoch]) == list(range(53))
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_batches_depend_on_the_step_alone(three_kinds: tuple[SourceConfig, ...], tokenizer: Tokenizer) -> None:
+    expected = [_open(tokenizer, *three_kinds).batch(step) for step in range(25)]
+    assert max(expected[-1].epochs.values()) >= 2
+    asked_backwards = _open(tokenizer, *three_kinds)
+    for step in reversed(range(25)):
+        _assert_equal(asked_backwards.batch(step), expected[step])
+    for threads, ahead in [(0, 2), (1, 1), (3, 6), (4, 0)]:
+        pipeline = _open(tokenizer, *three_kinds, read_threads=threads, prefetch_batches=ahead)
+        for ours, theirs in zip(_first(pipeline, 25), expected, strict=True):
+            _assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("start", [1, 7, 19])
+def test_restart_in_the_middle_gives_the_same_bits(
+    three_kinds: tuple[SourceConfig, ...], tokenizer: Tokenizer, start: int
+) -> None:
+    whole = _first(_open(tokenizer, *three_kinds), start + 5)
+    for ours, theirs in zip(_first(_open(tokenizer, *three_kinds), 5, start), whole[start:], strict=True):
+        _assert_equal(ours, theirs)
+
+
+def test_seed_changes_the_order(pairs: Pairs, tokenizer: Tokenizer) -> None:
+    source = _source(pairs("a.tar", 50))
+    assert _greys(_open(tokenizer, source).batch(0)) != _greys(_open(tokenizer, source, seed=1).batch(0))
+
+
+@pytest.mark.parametrize("mixing", ["mixed", "one_source_per_step"])
+def test_hosts_hold_slices_of_the_global_batch(
+    three_kinds: tuple[SourceConfig, ...], tokenizer: Tokenizer, mixing: str
+) -> None:
+    alone = _open(tokenizer, *three_kinds, mixing=mixing)
+    for hosts in (2, 4):
+        shares = [_open(tokenizer, *three_kinds, mixing=mixing, hosts=hosts, host=host) for host in range(hosts)]
+        for step in (0, 1, 2, 11):
+            parts = [pipeline.batch(step) for pipeline in shares]
+            whole = alone.batch(step)
+            for name, array in whole.fields.items():
+                assert np.array_equal(np.concatenate([part.fields[name] for part in parts]), array), name
+            assert sum(part.num_samples for part in parts) == whole.num_samples
+
+
+# --- mixing -----------------------------------------------------------------------------------------------------------
+
+
+def test_mixed_rows_follow_the_weights(three_kinds: tuple[SourceConfig, ...], tokenizer: Tokenizer) -> None:
+    weights = {"pairs": 6.0, "stories": 3.0, "texts": 1.0}
+    sources = [dataclasses.replace(source, weight=weights[source.name]) for source in three_kinds]
+    counts = collections.Counter(name for batch in _first(_open(tokenizer, *sources), 15) for name in batch.sources)
+    assert counts == {"pairs": 36, "stories": 18, "texts": 6}
+
+
+def test_one_source_per_step_has_its_own_rows_and_slots(
+    three_kinds: tuple[SourceConfig, ...], tokenizer: Tokenizer
+) -> None:
+    sources = [
+        dataclasses.replace(three_kinds[0], weight=2.0, batch_rows=6),
+        dataclasses.replace(three_kinds[1], weight=0.0),
+        dataclasses.replace(three_kinds[2], weight=1.0, batch_rows=2, image_slots=0),
+    ]
+    pipeline = _open(tokenizer, *sources, mixing="one_source_per_step")
+    assert {name: (rows, shape.image_slots) for name, (rows, shape) in pipeline.row_shapes.items()} == {
+        "pairs": (6, 3),
+        "texts": (2, 0),
+    }
+    batches = _first(pipeline, 6)
+    assert [set(batch.sources) for batch in batches] == [{"pairs"}, {"texts"}, {"pairs"}] * 2
+    assert [batch.fields["images"].shape for batch in batches[:2]] == [(6, 3, 4, 4, 3), (2, 0, 4, 4, 3)]
+    rows = [pipeline.rows_of_step(step) for step in (0, 2, 3)]
+    assert [[row for _, row in step] for step in rows] == [list(range(6)), list(range(6, 12)), list(range(12, 18))]
+    assert sum(s.num_documents for s in batches) == sum(s.num_samples for s in batches)
+
+
+def test_far_steps_need_no_counting_through(three_kinds: tuple[SourceConfig, ...], tokenizer: Tokenizer) -> None:
+    pipeline = _open(tokenizer, *three_kinds)
+    assert len(pipeline.rows_of_step(10**12)) == 4
+
+
+# --- bad samples ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_sample_leaves_a_hole_and_nothing_else_moves(write_shard: WriteShard, tokenizer: Tokenizer) -> None:
+    def members(damaged: int | None) -> list[tuple[str, bytes]]:
+        data = {i: picture(i) for i in range(6)}
+        if damaged is not None:
+            data[damaged] = data[damaged][:-20] + b"x" * 20  # as long as before
+        return [part for i in range(6) for part in ((f"{i}.txt", b"cat"), (f"{i}.png", data[i]))]
+
+    settings = {"row_length": 7 * 6, "image_slots": 6, "global_batch_rows": 1}
+    good = _open(tokenizer, _source(write_shard("good.tar", members(None))), **settings).batch(0)
+    batch = _open(tokenizer, _source(write_shard("bad.tar", members(4))), **settings).batch(0)
+    order = _greys(good)
+    place = order.index(4)
+    hole = np.arange(42) // 7 == place
+    assert (batch.num_samples, batch.num_documents) == (6, 5)
+    assert [(bad.cause, bad.key) for bad in batch.bad] == [("damaged_image", "4")]
+    for name in ("tokens", "positions", "is_visual", "visual_index", "loss_weights"):
+        assert np.array_equal(batch.fields[name][0, ~hole], good.fields[name][0, ~hole]), name
+    assert not batch.fields["segment_ids"][0, hole].any() and not batch.fields["loss_weights"][0, hole].any()
+    assert batch.fields["image_mask"][0].tolist() == [i != place for i in range(6)]
+    assert np.unique(batch.fields["segment_ids"]).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_too_many_bad_samples_stop_the_run_with_causes_and_an_example(
+    write_shard: WriteShard, tokenizer: Tokenizer
+) -> None:
+    members = []
+    for i in range(40):
+        members += [(f"{i}.txt", b"cat"), (f"{i}.png", picture(i)[:-20] if i % 4 == 0 else picture(i))]
+    pipeline = _open(tokenizer, _source(write_shard("a.tar", members)), max_bad_share=0.05)
+    with pytest.raises(DataError, match=r"2[6-9] of \d+ samples are bad \(damaged_image 2[6-9]\).*a\.tar, sample '\d+'"):
+        for _ in pipeline.iterate():
+            pass
+    assert pipeline.counts.bad["damaged_image"] > 25
+    lenient = _open(tokenizer, pipeline_source(members, write_shard), max_bad_share=0.5)
+    assert len(_first(lenient, 60)) == 60
+    assert lenient.counts.bad.total() / lenient.counts.seen == pytest.approx(0.25, abs=0.02)
+    resumed = _open(tokenizer, pipeline_source(members, write_shard), max_bad_share=0.05)
+    resumed.counts = SampleCounts.from_dict(lenient.counts.to_dict())
+    with pytest.raises(DataError, match="samples are bad"):
+        _first(resumed, 3, start=60)
+
+
+def pipeline_source(members: list[tuple[str, bytes]], write_shard: WriteShard) -> SourceConfig:
+    return _source(write_shard("again.tar", members))
+
+
+def test_counts_are_of_what_was_handed_out(pairs: Pairs, tokenizer: Tokenizer) -> None:
+    pipeline = _open(tokenizer, _source(pairs("a.tar", 50)), prefetch_batches=8)
+    batches = _first(pipeline, 2)
+    assert pipeline.counts.seen == sum(batch.num_samples for batch in batches)
+
+
+def test_samples_left_out_of_the_index_count_too(write_shard: WriteShard, tokenizer: Tokenizer) -> None:
+    members = [(f"{i}.txt", b"cat" if i >= 6 else b"\xff") for i in range(30)]
+    source = _source(write_shard("a.tar", members), "texts", "text")
+    with pytest.raises(DataError, match=r"^data\.sources\.texts: 6 of 30 samples are bad \(invalid_utf8 6\)"):
+        _open(tokenizer, source)
+    pipeline = _open(tokenizer, source, max_bad_share=0.02)
+    assert pipeline.summary == {"texts": {"shards": 1, "samples": 24, "invalid_utf8": 6}}
+    nothing = _source(write_shard("b.tar", members[:3]), "texts", "text")
+    with pytest.raises(DataError, match=r"data\.sources\.texts: none of its samples can be used.*b\.tar"):
+        _open(tokenizer, nothing)
+
+
+def test_broken_shards_stop_before_training(pairs: Pairs, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    good = pairs("a-0.tar", 4)
+    (tmp_path / "a-1.tar").write_bytes(Path(good).read_bytes()[:1500])
+    with pytest.raises(DataError, match=r"a-1\.tar: cut: "):
+        _open(tokenizer, _source(str(tmp_path / "a-*.tar")))
+    with pytest.raises(DataError, match=r"a-2\.tar: shard does not exist \(named by data\.sources\.pairs\.shards"):
+        _open(tokenizer, _source(str(tmp_path / "a-{0..2}.tar")))
+    with pytest.raises(DataError, match=r"data\.sources\.pairs\.shards: no file matches"):
+        _open(tokenizer, _source(str(tmp_path / "b-*.tar")))
+
+
+def test_shard_that_vanishes_during_the_run_ends_it(pairs: Pairs, tokenizer: Tokenizer) -> None:
+    path = pairs("a.tar", 30)
+    pipeline = _open(tokenizer, _source(path))
+    Path(path).unlink()
+    stream = pipeline.iterate()
+    with pytest.raises(DataError, match=r"a\.tar: cannot open the shard"):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+@pytest.mark.parametrize(
+    ("source_settings", "settings", "message"),
+    [
+        ({}, {"row_length": 4}, r"data\.row_length: got 4; wanted at least 5"),
+        ({}, {"max_document_positions": 4}, r"data\.max_document_positions: got 4; wanted at least 5"),
+        ({}, {"max_document_positions": 25}, r"data\.max_document_positions: got 25; wanted 3 \.\.\. data\.row_length"),
+        ({}, {"image_slots": 0}, r"data\.image_slots: got 0, but source 'pairs' has images"),
+        ({"weight": -1.0}, {}, r"data\.sources\.pairs\.weight: got -1"),
+        ({"weight": 0.0}, {}, r"data\.sources: no source has a weight above 0"),
+        ({"batch_rows": 3}, {}, r"data\.sources\.pairs\.batch_rows: is for data\.mixing = one_source_per_step"),
+        ({"image_slots": 3}, {}, r"data\.sources\.pairs\.image_slots: is for data\.mixing = one_source_per_step"),
+        ({}, {"global_batch_rows": 3}, r"data\.global_batch_rows: got 3; wanted a positive multiple .* hosts, 2"),
+    ],
+)
+def test_settings_that_do_not_go_together(
+    tokenizer: Tokenizer, source_settings: dict[str, object], settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        _open(tokenizer, _source("never opened", **source_settings), hosts=2, **settings)
+
+
+def test_names_must_be_unique(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources: names must be unique"):
+        _open(tokenizer, _source("a"), _source("b"))
+
+
+# --- the decoder's images, evaluation's pairs -------------------------------------------------------------------------
+
+
+def _images(sources: tuple[SourceConfig, ...], hosts: int = 1, host: int = 0, scale: float = 1.25, **settings: object):
+    config = dataclasses.replace(CONFIG, sources=sources, **settings)  # type: ignore[arg-type]
+    return open_image_pipeline(
+        config, image_size=6, batch_images=4, random_scale_max=scale, hosts=hosts, host=host
+    )
+
+
+def test_decoder_batches(three_kinds: tuple[SourceConfig, ...]) -> None:
+    pipeline = _images(three_kinds)
+    assert list(pipeline.summary) == ["pairs"]
+    batches = list(itertools.islice(pipeline.iterate(), 15))
+    fields = batches[0].fields
+    assert [(name, array.shape, array.dtype) for name, array in fields.items()] == [
+        ("images", (4, 6, 6, 3), np.uint8),
+        ("time_ids", (4, 6), np.int32),
+        ("weight", (4,), np.float32),
+    ]
+    greys = [int(image[0, 0, 0]) for batch in batches for image in batch.fields["images"]]
+    assert sorted(greys[:30]) == sorted(greys[30:]) == list(range(30)) and greys[:30] != greys[30:]
+    ids = np.concatenate([batch.fields["time_ids"] for batch in batches])
+    assert (ids[:, :2] == 8).all() and (ids[:, 4:] == 6).all()
+    assert set(ids[:, 2]) == {0, 1, 2} == set(ids[:, 3])  # the scaled side is 6 to 7.5, rounded to at most 8
+    for start in (1, 9):
+        for ours, theirs in zip(_images(three_kinds).iterate(start), batches[start:], strict=False):
+            _assert_equal(ours, theirs)
+    halves = [_images(three_kinds, hosts=2, host=host).batch(8) for host in range(2)]
+    assert np.array_equal(np.concatenate([half.fields["time_ids"] for half in halves]), batches[8].fields["time_ids"])
+
+
+def test_decoder_marks_bad_images_and_counts_small_ones(write_shard: WriteShard) -> None:
+    shard = write_shard(
+        "a.tar",
+        [
+            *[("0.png", picture(9, size=5)), ("0.txt", b"cat")],
+            *[("1.png", picture(7)[:-20]), ("1.txt", b"cat")],
+            *[("2.png", picture(8)), ("2.txt", b"cat"), ("3.png", picture(6)), ("3.txt", b"cat")],
+        ],
+    )
+    batch = _images((_source(shard),)).batch(0)
+    assert sorted(zip(batch.fields["images"][:, 0, 0, 0].tolist(), batch.fields["weight"].tolist())) == [
+        (0, 0.0),
+        (6, 1.0),
+        (8, 1.0),
+        (9, 1.0),
+    ]
+    assert batch.num_upscaled == 1 and [bad.key for bad in batch.bad] == ["1"]
+
+
+def test_decoder_needs_pairs(three_kinds: tuple[SourceConfig, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources: the decoder trains on sources of kind image_text"):
+        _images(three_kinds[1:])
+    with pytest.raises(ConfigError, match=r"decoder\.batch_images: got 4; .* hosts, 3"):
+        _images(three_kinds, hosts=3)
+    with pytest.raises(ConfigError, match=r"decoder\.random_scale_max"):
+        _images(three_kinds, scale=0.5)
+
+
+def test_evaluation_pairs_come_in_order(pairs: Pairs, write_shard: WriteShard) -> None:
+    shards = pairs("e-0.tar", 3).replace("e-0", "e-*")
+    pairs("e-1.tar", 3, 3)
+    found = read_pairs(shards, 4, 5)
+    assert [(key, int(image[0, 0, 0]), caption) for key, image, caption in found] == [
+        ("0000", 0, "cat"),
+        ("0001", 1, "cat dog"),
+        ("0002", 2, "cat dog red"),
+        ("0003", 3, "cat dog red blue"),
+        ("0004", 4, "cat"),
+    ]
+    assert len(read_pairs(shards, 4, 100)) == 6
+    bad = write_shard("bad.tar", [("a.png", picture(1)[:-20]), ("a.txt", b"cat")])
+    with pytest.raises(DataError, match=r"damaged_image: .*bad\.tar, sample 'a', byte 0"):
+        read_pairs(bad, 4, 1)
+    with pytest.raises(DataError, match=r"evaluation\.unseen: no file matches"):
+        read_pairs("none-*.tar", 4, 1, "evaluation.unseen")
