@@ -51,7 +51,7 @@ class Task(Protocol):
         """Loss terms and metrics of a (micro-)batch; `key` feeds every random draw."""
         ...
 
-    def model_flops(self, batch_shapes: Mapping[str, tuple[int, ...]]) -> float:
+    def model_flops(self, batch_shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Floating-point operations that one step on a batch of these shapes has to do, without recomputation.
 
         A trained part counts three times its forward pass, a frozen one once; causal attention counts half.

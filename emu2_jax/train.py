@@ -275,6 +275,7 @@ class Monitor:
         self._pending: tuple[int, dict[str, Any], HostBatch, float] | None = None
         self._schedule = optimizer_lib.relative_schedule(config.optimizer, config.train.num_steps)
         self._last_time = time.perf_counter()
+        self._flops_of_shape: dict[Any, int] = {}
 
     def push(self, step: int, log: dict[str, Any], batch: HostBatch, waited_s: float) -> None:
         """Take over the (still computing) numbers of `step`; look at those of the step before."""
@@ -296,14 +297,21 @@ class Monitor:
         }
         self._writer.advance(values["loss"], {name.replace("_per_", "/"): rate for name, rate in rates.items()})
         if step % self._config.train.log_every_steps == 0 or step == self._config.train.num_steps:
-            flops = self._task.model_flops({name: array.shape for name, array in batch.arrays.items()})
             values |= {
                 "learning_rate": self._config.optimizer.learning_rate * float(self._schedule(step - 1)),
                 "step_s": step_s,
                 "data_wait_s": waited_s,
-                "model_tflops_per_s": flops * jax.process_count() / step_s / 1e12,
+                "model_tflops_per_s": self._flops(batch) / step_s / 1e12,
             }
             self._writer.write(step, {**values, **rates, **batch.info})
+
+    def _flops(self, batch: HostBatch) -> int:
+        """Model FLOPs of the global batch; counted once per batch shape, for counting traces the model."""
+        shapes = {name: array.shape for name, array in batch.arrays.items()}
+        key = tuple(shapes.items())
+        if key not in self._flops_of_shape:
+            self._flops_of_shape[key] = self._task.model_flops(shapes) * jax.process_count()
+        return self._flops_of_shape[key]
 
     def _values(self, log: dict[str, Any]) -> dict[str, float]:
         """Means of this step; a metric whose weight is 0 (no image in the batch, say) is left out."""

@@ -121,6 +121,18 @@ def open_input(config: ExperimentConfig, tokenizer: Tokenizer | None) -> Trainin
     )
 
 
+def batch_rows(config: ExperimentConfig) -> dict[str, int]:
+    """Rows of every global batch that the run will see, by the config path that sets them."""
+    if config.train.task == "decoder":
+        return {"decoder.batch_images": config.decoder.batch_images}
+    rows = {"data.global_batch_rows": config.data.global_batch_rows}
+    if config.data.mixing == "mixed":
+        return rows
+    own = {f"data.sources.{source.name}.batch_rows": source.batch_rows for source in config.data.sources}
+    default = rows if None in own.values() else {}
+    return {**default, **{path: count for path, count in own.items() if count is not None}}
+
+
 def example_shapes(config: ExperimentConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of a step's largest global batch, without reading data."""
     if config.train.task == "decoder":
@@ -132,6 +144,5 @@ def example_shapes(config: ExperimentConfig) -> dict[str, tuple[tuple[int, ...],
         }
     size, visual_tokens = config.model.vision.image_size, config.model.num_visual_tokens
     shape = RowShape(config.data.row_length, config.data.image_slots, visual_tokens, size)
-    default = config.data.global_batch_rows
-    rows = max((source.batch_rows or default for source in config.data.sources), default=default)
-    return {name: (dims, np.dtype(dtype)) for name, (dims, dtype) in batch_shapes(rows, shape).items()}
+    largest = batch_shapes(max(batch_rows(config).values()), shape)
+    return {name: (dims, np.dtype(dtype)) for name, (dims, dtype) in largest.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from emu2_jax import overrides
+from emu2_jax import overrides, sharding
 from emu2_jax.checkpoint import FOLDER, load_parts, saved_parts
 from emu2_jax.config import ExperimentConfig, validate
 from emu2_jax.errors import CheckpointError
@@ -16,7 +16,7 @@ from emu2_jax.metrics import JSONL
 from emu2_jax.task import Params
 from emu2_jax.train import train
 from experiments import recipes
-from experiments.inputs import make_task, open_input, open_tokenizer
+from experiments.inputs import batch_rows, make_task, open_input, open_tokenizer
 
 CONFIG = "config.gin"
 
@@ -42,8 +42,13 @@ def run_training(
         overrides.compare_with_saved(config, saved, allowed_changes)
     elif (workdir / FOLDER).exists() or (workdir / JSONL).exists():
         raise CheckpointError(f"{workdir}: holds a run but no {CONFIG}; give another --workdir")
+    mesh = sharding.make_mesh(config.mesh)
+    for path, rows in batch_rows(config).items():
+        sharding.check_batch(rows, config.optimizer.accumulation_steps, mesh, path)
     tokenizer = open_tokenizer(config) if config.train.task == "pretrain" else None
     data = open_input(config, tokenizer)
+    if config.train.init_from is not None and not (workdir / FOLDER).exists():
+        saved_parts(Path(config.train.init_from))  # raises when that stage was never trained
     text = overrides.dump(config, provenance)
     workdir.mkdir(parents=True, exist_ok=True)
     _write_atomically(saved, text)

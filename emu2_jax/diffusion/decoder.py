@@ -6,6 +6,7 @@ drawn. Source: paper section 2.3; sampling as in the release's `diffusion.py`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
@@ -21,6 +22,7 @@ from emu2_jax.diffusion import schedule
 from emu2_jax.diffusion.unet import UNet, check
 from emu2_jax.diffusion.vae import latent_channels, open_codec
 from emu2_jax.errors import ConfigError
+from emu2_jax.metrics import count_flops
 from emu2_jax.models.emu2 import encode_images, encode_normalized, init_visual_encoder
 from emu2_jax.task import Batch, Losses, Params, Term
 
@@ -99,6 +101,29 @@ class DecoderTask:
             inside = weight * ((timesteps >= first) & (timesteps < end))
             metrics[f"noise_t{first}_{end - 1}"] = Term((inside * errors).sum(), inside.sum())
         return metrics
+
+    def model_flops(self, batch_shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Model FLOPs of one step (`task.Task.model_flops`): U-Net forward and backward, frozen encoder forward."""
+        count, size = batch_shapes["images"][:2]
+        model = dataclasses.replace(self.model, remat="none")
+        params = jax.eval_shape(self.init, jax.random.key(0))
+        side = size // self.decoder.latent_factor
+        unet = count_flops(
+            lambda unet, x, t, embeddings, time_ids: merge_unet(self.decoder, unet, "float32")(
+                x, t, embeddings, time_ids
+            ),
+            params["unet"],
+            jax.ShapeDtypeStruct((count, side, side, latent_channels(self.decoder)), jnp.float32),
+            jax.ShapeDtypeStruct((count,), jnp.int32),
+            jax.ShapeDtypeStruct((count, model.num_visual_tokens, model.vision.width), jnp.float32),
+            jax.ShapeDtypeStruct((count, 6), jnp.int32),
+        )
+        encoder = count_flops(
+            partial(encode_images, model),
+            params["visual_encoder"],
+            jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8),
+        )
+        return 3 * unet + encoder
 
 
 def check_decoder(config: ExperimentConfig) -> None:

@@ -182,7 +182,7 @@ class PretrainTask:
         }
         return terms, metrics
 
-    def model_flops(self, batch_shapes: Mapping[str, tuple[int, ...]]) -> float:
+    def model_flops(self, batch_shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Model FLOPs of one step (`task.Task.model_flops`), from the widths alone."""
         rows, length = batch_shapes["tokens"]
         slots = batch_shapes["images"][1]

@@ -1,0 +1,238 @@
+"""Bad input gets one clear line and exit code 2, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import command
+import pytest
+
+from emu2_jax.checkpoint import FOLDER
+from emu2_jax.metrics import JSONL
+from experiments import cli
+from experiments.recipes import RECIPES
+from experiments.runs import CONFIG
+
+STAGE1 = "openmoji_tiny_stage1"
+
+
+@pytest.fixture(scope="module")
+def trained(gin_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with checkpoints after steps 2 and 4."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    cli.main(
+        [
+            *("train", STAGE1, "--workdir", str(workdir), f"--gin_file={gin_file}"),
+            *("--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2"),
+        ]
+    )
+    return workdir
+
+
+def train(workdir: Path, gin_file: Path, *flags: str) -> list[str | Path]:
+    return ["train", STAGE1, "--workdir", workdir, f"--gin_file={gin_file}", *flags]
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--gin.optimizer.learning_rte=1", "optimizer.learning_rate"),
+        ("--gin.optimzer.learning_rate=1", "optimizer.learning_rate"),
+        ("--gin.train.num_steps=10.5", "train.num_steps"),
+        ("--gin.optimizer.schedule=cosin", "cosine"),
+        ("--gin.optimizer=adam", "optimizer"),
+        ("--gin.model.num_visual_tokens=15", "model.num_visual_tokens"),
+        ("--steps=3", "--steps"),
+        ("--gin.mesh.tensor=3", "mesh"),
+        ("--gin.model.language.vocab_size=999", "model.language.vocab_size"),
+        ("--gin.optimizer.accumulation_steps=3", "data.global_batch_rows"),
+    ],
+)
+def test_bad_settings(
+    flag: str, expected: str, gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in command.fail(train(tmp_path / "run", gin_file, *flag.split()), capsys)
+    assert not (tmp_path / "run" / FOLDER).exists()
+
+
+def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nearest: openmoji_tiny_stage1" in command.fail(["train", "openmoji_tiny_stag1", "--dry_run"], capsys)
+
+
+def test_work_directory_of_another_config(
+    trained: Path, gin_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in (trained / CONFIG, trained / JSONL)}
+    flags = ("--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2", "--gin.optimizer.learning_rate=0.5")
+    line = command.fail(train(trained, gin_file, *flags), capsys)
+    assert "optimizer.learning_rate" in line and "0.001" in line and "0.5" in line
+    assert "--allow_config_change" in line
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_allowed_change_continues(trained: Path, gin_file: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    flags = ("--gin.train.num_steps=6", "--gin.checkpoint.every_steps=2", "--allow_config_change=train.num_steps")
+    cli.main([str(argument) for argument in train(workdir, gin_file, *flags)])
+    steps = [json.loads(line)["step"] for line in (workdir / JSONL).read_text(encoding="utf-8").splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def damaged_pairs(corpus: Path, directory: Path) -> Path:
+    directory.mkdir()
+    for path in (corpus / "train").glob("pairs-*.tar"):
+        shutil.copy(path, directory)
+    return directory
+
+
+def with_shards(pattern: str | Path) -> str:
+    return f"--gin.data.sources.pairs.shards={pattern}"
+
+
+def test_missing_shards(tmp_path: Path, gin_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = command.fail(train(tmp_path / "run", gin_file, with_shards(tmp_path / "none-*.tar")), capsys)
+    assert "data.sources.pairs.shards" in line and "none-*.tar" in line
+
+
+def test_cut_shard(corpus: Path, tmp_path: Path, gin_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = damaged_pairs(corpus, tmp_path / "shards")
+    shard = shards / "pairs-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:100_123])
+    line = command.fail(train(tmp_path / "run", gin_file, with_shards(shards / "pairs-*.tar")), capsys)
+    assert "pairs-000001.tar" in line and "pairs-0000" in line and "byte" in line
+    assert not (tmp_path / "run" / FOLDER).exists()
+
+
+def test_foreign_shard(corpus: Path, tmp_path: Path, gin_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = damaged_pairs(corpus, tmp_path / "shards")
+    (shards / "pairs-000000.tar").write_bytes(b"this is a text file, not a tar archive\n" * 100)
+    line = command.fail(train(tmp_path / "run", gin_file, with_shards(shards / "pairs-*.tar")), capsys)
+    assert "pairs-000000.tar" in line
+
+
+def spoil_images(shard: Path, count: int) -> None:
+    """Overwrite the middle of the first `count` PNG files with zeros; the tar stays whole."""
+    data = bytearray(shard.read_bytes())
+    position = 0
+    for _ in range(count):
+        position = data.index(b"IDAT", position) + 8
+        data[position : position + 200] = bytes(200)
+    shard.write_bytes(data)
+
+
+def test_few_corrupt_images_are_counted_and_skipped(corpus: Path, tmp_path: Path, gin_file: Path) -> None:
+    shards = damaged_pairs(corpus, tmp_path / "shards")
+    spoil_images(shards / "pairs-000000.tar", 2)
+    flags = ("--gin.train.num_steps=24", "--gin.data.max_bad_share=0.1", with_shards(shards / "pairs-*.tar"))
+    cli.main([str(argument) for argument in train(tmp_path / "run", gin_file, *flags)])
+    last = json.loads((tmp_path / "run" / JSONL).read_text(encoding="utf-8").splitlines()[-1])
+    assert last["step"] == 24
+    assert last["bad_samples"] == 2 * (last["epoch"] + 1) or last["bad_samples"] in (2, 3)
+
+
+def test_many_corrupt_images_stop_the_run(
+    corpus: Path, tmp_path: Path, gin_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = damaged_pairs(corpus, tmp_path / "shards")
+    for shard in shards.glob("*.tar"):
+        spoil_images(shard, 60)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        flags = ("--gin.train.num_steps=40", with_shards(shards / "pairs-*.tar"))
+        cli.main([str(argument) for argument in train(tmp_path / "run", gin_file, *flags)])
+    assert stop.value.code == cli.EXIT_BAD_INPUT
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "damaged_image" in line and "data.max_bad_share" in line and ".tar" in line
+
+
+def test_unfinished_checkpoint_is_ignored_and_named(
+    trained: Path, gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    finished = workdir / FOLDER / "00000004"
+    finished.rename(finished.with_name("00000004.orbax-checkpoint-tmp"))  # what a killed writer leaves
+    cli.main(
+        [str(a) for a in train(workdir, gin_file, "--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2")]
+    )
+    output = capsys.readouterr().out
+    assert "00000004.orbax-checkpoint-tmp: this checkpoint was never finished" in output
+    assert f"resuming {STAGE1} after step 2 of 4" in output
+    assert (workdir / JSONL).read_text(encoding="utf-8").count("\n") == 4
+
+
+def test_damaged_checkpoint_is_set_aside_and_named(
+    trained: Path, gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    for path in (workdir / FOLDER / "00000004" / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 10_000:
+            path.write_bytes(path.read_bytes()[:100])
+    cli.main(
+        [str(a) for a in train(workdir, gin_file, "--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2")]
+    )
+    output = capsys.readouterr().out
+    assert "checkpoint 4 cannot be read" in output
+    assert f"resuming {STAGE1} after step 2 of 4" in output
+    assert (workdir / FOLDER / "00000004.incomplete").is_dir(), "nothing is deleted"
+
+
+def test_diverged_run_names_step_term_and_checkpoint(
+    trained: Path, gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    capsys.readouterr()
+    flags = ("--gin.train.num_steps=40", "--gin.checkpoint.every_steps=2", "--gin.optimizer.learning_rate=1e30")
+    allowed = ("--allow_config_change=train.num_steps", "--allow_config_change=optimizer.learning_rate")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in train(workdir, gin_file, *flags, *allowed)])
+    assert stop.value.code == cli.EXIT_BAD_INPUT
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "loss/text" in line and "not finite" in line and "last good checkpoint is step" in line
+
+
+def test_stage_without_checkpoint(
+    gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--gin.train.num_steps=2", f"--gin.train.init_from={tmp_path}/nowhere")
+    assert "nowhere" in command.fail(train(tmp_path / "run", gin_file, *flags), capsys)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_dry_runs(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["train", recipe, "--dry_run", "--gin.train.num_steps=7"])
+    output = capsys.readouterr().out
+    assert "train.num_steps" in output and "--gin flag" in output
+    assert "parameters" in output and "frozen" in output and "model FLOPs per step" in output
+
+
+def test_dry_run_counts_the_37b_model(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["train", "emu2_37b_stage2", "--dry_run"])
+    output = capsys.readouterr().out
+    for count in ("4,350,093,568", "32,532,564,480", "11,927,552", "36,906,513,152"):
+        assert count in output
+
+
+def test_help_and_sweep_and_recipes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cli.main(["recipes"])
+    assert set(RECIPES) == {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    cli.main(["sweep", "openmoji_tiny_stage2", "--workdir", str(tmp_path)])
+    commands = capsys.readouterr().out.splitlines()
+    assert len(commands) == 6 and all(line.startswith("emu2 train openmoji_tiny_stage2") for line in commands)
+    for line in commands:  # every variant must at least be a valid config
+        cli.main([*line.split()[1:], "--dry_run"])
+
+
+def test_help_is_quick_and_says_how() -> None:
+    """`emu2 train --help` must not import jax: it answers at once."""
+    code = (
+        "import sys; from experiments import cli\n"
+        "try: cli.main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--gin.optimizer.learning_rate=3e-5" in done.stdout
