@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -39,6 +39,7 @@ TEXT_SUFFIX = "txt"
 INDEX_VERSION = 1
 
 _BLOCK = 512  # bytes; everything in a tar starts on a multiple of it
+_ZEROS = bytes(_BLOCK)  # the end mark of a tar
 _MAX_NAME_BYTES = 1 << 20  # a longer "long name" is damage, not a name
 _REGULAR = (b"0", b"\0", b"7")  # type flags of plain files
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories, pipes
@@ -50,8 +51,7 @@ _ARRAYS = ("keys", "starts", "offsets", "sizes", "is_image", "slots", "tokens")
 # --- members of a tar ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A regular file inside a tar; `header` and `offset` are the bytes where its header and its data start."""
 
     name: str
@@ -91,15 +91,17 @@ def _scan_members(path: str, descriptor: int, file_size: int) -> Iterator[Member
     if file_size == 0:
         raise DataError(f"{path}: shard has 0 bytes; wanted a tar file")
     position = 0
-    last = "the start"
+    last: Member | None = None
     extended = _Extended()
     while True:
         header = os.pread(descriptor, _BLOCK, position)
-        where = f"byte {position}, after {last}"
-        if len(header) == _BLOCK and not any(header):
+        if header == _ZEROS:
             return _check_end(path, descriptor, position)
-        _check_header(path, header, position, where)
-        member = _member(path, header, position, where, extended)
+        fault = _fault(header, position)
+        if fault is not None:
+            after = f", after member {last.name!r}" if last else ""
+            raise DataError(f"{path}: {fault} at byte {position}{after}")
+        member = _member(header, position, extended)
         kind = header[156:157]
         if member.offset + member.size > file_size:
             raise DataError(
@@ -111,29 +113,27 @@ def _scan_members(path: str, descriptor: int, file_size: int) -> Iterator[Member
         elif kind not in (b"K", b"g"):  # long names of link targets, and pax headers for the whole file
             if kind in _REGULAR and not member.name.endswith("/"):
                 yield member
-            extended = _Extended()
-            last = f"member {member.name!r}"
+            extended.name = extended.size = None
+            last = member
         position = member.offset + -(-member.size // _BLOCK) * _BLOCK
 
 
-def _check_header(path: str, header: bytes, position: int, where: str) -> None:
+def _fault(header: bytes, position: int) -> str | None:
+    """What is wrong with a header, to be followed by its place; None if nothing is."""
     if position == 0 and header.startswith(_COMPRESSED):
-        raise DataError(f"{path}: is compressed; wanted a plain tar, because samples are read by their offset")
+        return "is compressed; wanted a plain tar, because samples are read by their offset; no tar header"
     if len(header) < _BLOCK:
-        raise DataError(f"{path}: cut: the file ends at {where}, without the end mark of a tar")
+        return "cut: the file ends without the end mark of a tar"
     if not _checksum_is_right(header):
-        what = "is not a tar file: no tar header at byte 0" if position == 0 else f"damaged: no tar header at {where}"
-        raise DataError(f"{path}: {what}")
-    if header[156:157] == b"S":
-        raise DataError(f"{path}: sparse member at {where}; wanted plain files")
+        return "is not a tar file: no tar header" if position == 0 else "damaged: no tar header"
+    if _number(header[124:136]) is None:
+        return "damaged: no number for the size of the member"
+    return "wanted plain files, but there is a sparse one" if header[156:157] == b"S" else None
 
 
-def _member(path: str, header: bytes, position: int, where: str, extended: _Extended) -> Member:
+def _member(header: bytes, position: int, extended: _Extended) -> Member:
     kind = header[156:157]
-    size = _number(header[124:136])
-    if size is None:
-        raise DataError(f"{path}: damaged: the size of the member at {where} is not a number")
-    name = _name(header)
+    name, size = _name(header), _number(header[124:136]) or 0
     if kind not in _EXTENDED:
         name = name if extended.name is None else extended.name
         size = size if extended.size is None else extended.size
@@ -179,9 +179,12 @@ def _number(field: bytes) -> int | None:
     if field[0] == 0x80:
         return int.from_bytes(field[1:])
     digits = field.strip(b" \0")
-    if not all(byte in b"01234567" for byte in digits):
+    if not digits:
+        return 0
+    try:
+        return int(digits, 8) if digits.isdigit() else None
+    except ValueError:  # 8 and 9
         return None
-    return int(digits, 8) if digits else 0
 
 
 def _text(data: bytes) -> str:
@@ -359,7 +362,7 @@ def _check_parts(kind: Kind, parts: Sequence[_Part]) -> None:
 
 
 def _count_tokens(texts: Sequence[tuple[_Part, str]], tokenizer: Tokenizer) -> None:
-    for (part, _), count in zip(texts, tokenizer.count_tokens([text for _, text in texts]), strict=True):
+    for (part, _), count in zip(texts, tokenizer.count_plain([text for _, text in texts]), strict=True):
         part.tokens = count
 
 
@@ -417,7 +420,7 @@ def _arrays(path: str, kind: Kind, samples: Sequence[tuple[str, list[_Part]]], b
 def join(indexes: Sequence[SampleIndex]) -> SampleIndex:
     """One index over the samples of several shards, in order."""
     first = np.cumsum([0, *(len(index.offsets) for index in indexes)])
-    starts = [index.starts[:-1] + base for index, base in zip(indexes, first)]
+    starts = [index.starts[:-1] + base for index, base in zip(indexes, first[:-1], strict=True)]
     return SampleIndex(
         kind=indexes[0].kind,
         paths=tuple(path for index in indexes for path in index.paths),

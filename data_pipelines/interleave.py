@@ -152,7 +152,7 @@ def _image_tokens(tokenizer: Tokenizer, visual_tokens: int) -> list[int]:
 
 
 def _text_tokens(index: SampleIndex, reader: ShardReader, tokenizer: Tokenizer, sample: int, part: int) -> list[int]:
-    tokens = tokenizer.encode(read_text(reader, index, sample, part))
+    tokens = tokenizer.encode_plain(read_text(reader, index, sample, part))
     if len(tokens) != index.tokens[part]:
         raise SampleError("changed_text", f"{len(tokens)} tokens where the index has {index.tokens[part]}")
     return tokens

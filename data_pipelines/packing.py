@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from data_pipelines.interleave import Document
 from emu2_jax.sequence import RowShape
 
-#: A row has come to its end when fewer documents of the shortest kind than this fit: then an exact filling is looked for.
+#: When fewer documents of the shortest length than this still fit, the row is finished by an exact filling.
 _ENDGAME_DOCUMENTS = 3
 
 

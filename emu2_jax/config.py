@@ -190,7 +190,7 @@ class DecoderConfig:
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"  #: what the U-Net gives; paper: the noise
     noise_offset: float = 0.1  #: std of a shift of the noise shared by all positions of a channel
     min_snr_gamma: float | None = None  #: min-SNR loss weighting; None = off (paper)
     condition_dropout: float = 0.1  #: share of samples trained on the null condition
@@ -233,6 +233,10 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     Raises `ConfigError`; the message starts with the dotted path of the setting to change.
     """
     vision, language = config.model.vision, config.model.language
+    widths = ("width", "num_layers", "num_heads", "mlp_width")
+    _require_positive(vision, "model.vision", "image_size", "patch_size", *widths)
+    _require_positive(language, "model.language", "vocab_size", "num_kv_heads", *widths)
+    _require_positive(config.model, "model", "num_visual_tokens")
     side = round(config.model.num_visual_tokens**0.5)
     _require(vision.image_size % vision.patch_size == 0, "model.vision.image_size", "is not a multiple of patch_size")
     _require(vision.width % vision.num_heads == 0, "model.vision.width", "does not divide over num_heads")
@@ -245,15 +249,29 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _require(language.width % language.num_heads == 0, "model.language.width", "does not divide over num_heads")
     _require(language.head_width % 2 == 0, "model.language.num_heads", "gives an odd head width; rotary needs pairs")
     _require(language.num_heads % language.num_kv_heads == 0, "model.language.num_kv_heads", "must divide num_heads")
-    _require(config.optimizer.accumulation_steps >= 1, "optimizer.accumulation_steps", "must be at least 1")
-    _require(0 <= config.optimizer.warmup_ratio < 1, "optimizer.warmup_ratio", "must lie in [0, 1)")
-    _require(config.train.num_steps >= 1, "train.num_steps", "must be at least 1")
-    _require(config.train.log_every_steps >= 1, "train.log_every_steps", "must be at least 1")
-    _require(config.checkpoint.every_steps >= 1, "checkpoint.every_steps", "must be at least 1")
+    _require_positive(config.train, "train", "num_steps", "log_every_steps")
+    _require_positive(config.checkpoint, "checkpoint", "every_steps")
+    _validate_optimizer(config)
     _validate_data(config)
     if config.train.task == "decoder":
         _validate_decoder(config)
     return config
+
+
+def _validate_optimizer(config: ExperimentConfig) -> None:
+    optimizer = config.optimizer
+    _require_positive(optimizer, "optimizer", "accumulation_steps")
+    _require(0 <= optimizer.warmup_ratio < 1, "optimizer.warmup_ratio", "must lie in [0, 1)")
+    warmup = optimizer.warmup_steps or 0
+    _require(0 <= warmup <= config.train.num_steps, "optimizer.warmup_steps", "must lie between 0 and train.num_steps")
+    prefixes = ("", "visual_encoder_", "connector_", "language_model_")
+    for name in (f"{prefix}learning_rate" for prefix in prefixes):
+        value = getattr(optimizer, name)
+        _require(value is None or value >= 0, f"optimizer.{name}", "must not be negative")
+    decoder = config.train.task == "decoder"
+    parts: tuple[str, ...] = ("visual_encoder", "unet") if decoder else ("visual_encoder", "project_up", "project_down")
+    parts = parts if decoder else (*parts, "language_model")
+    _require(bool(set(parts) - set(optimizer.frozen)), "optimizer.frozen", "leaves nothing to train")
 
 
 def _validate_data(config: ExperimentConfig) -> None:
@@ -265,6 +283,8 @@ def _validate_data(config: ExperimentConfig) -> None:
         path = f"data.sources.{source.name}"
         _require(source.weight > 0, f"{path}.weight", "must be positive; leave the source out instead")
         slots = data.image_slots if source.image_slots is None else source.image_slots
+        rows = source.batch_rows
+        _require(rows is None or rows >= 1, f"{path}.batch_rows", "must be at least 1")
         _require(source.kind == "text" or slots > 0, f"{path}.image_slots", "must be positive for a kind with images")
         own_rows = source.batch_rows is not None or source.image_slots is not None
         _require(
@@ -274,7 +294,13 @@ def _validate_data(config: ExperimentConfig) -> None:
         )
     needed = config.model.num_visual_tokens + 4  # <s> [IMG] ... [/IMG] </s>
     _require(data.row_length >= needed, "data.row_length", f"cannot hold one image; needs at least {needed}")
-    _require(data.global_batch_rows >= 1, "data.global_batch_rows", "must be at least 1")
+    limit = data.max_document_positions
+    _require(
+        limit is None or needed <= limit <= data.row_length,
+        "data.max_document_positions",
+        f"must lie between {needed}, which hold one image, and data.row_length",
+    )
+    _require_positive(data, "data", "global_batch_rows", "packing_pool")
     _require(0 <= data.image_first_probability <= 1, "data.image_first_probability", "must lie in [0, 1]")
     _require(0 < data.max_bad_share <= 1, "data.max_bad_share", "must lie in (0, 1]")
 
@@ -297,3 +323,8 @@ def _validate_decoder(config: ExperimentConfig) -> None:
 def _require(condition: bool, path: str, message: str) -> None:
     if not condition:
         raise ConfigError(f"{path}: {message}")
+
+
+def _require_positive(section: object, path: str, *names: str) -> None:
+    for name in names:
+        _require(getattr(section, name) >= 1, f"{path}.{name}", "must be at least 1")

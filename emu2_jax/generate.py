@@ -8,8 +8,9 @@ a batch write the same cache slot.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -96,20 +97,30 @@ class Generator:
         return PromptBatch(*(jnp.asarray(array) for array in arrays))
 
     def _elements(self, prompt: Sequence[Link], tail: Sequence[int]) -> tuple[list[int], list[np.ndarray]]:
-        """`<s>`, then the links: token ids, with `[IMG] <image> x N [/IMG]` where an image lies."""
-        tokenizer, size = self.tokenizer, self.config.vision.image_size
-        ids, images = [tokenizer.bos_id], []
-        for link in prompt:
-            if isinstance(link, str):
-                ids += tokenizer.encode(link)
+        """`<s>`, then the links: token ids, with `[IMG] <image> x N [/IMG]` where an image lies.
+
+        Neighbouring texts are one text, and white space next to an image is dropped, as next to any special token.
+        """
+        tokenizer = self.tokenizer
+        ids: list[int] = [tokenizer.bos_id]
+        images: list[np.ndarray] = []
+        for is_text, links in itertools.groupby(prompt, key=lambda link: isinstance(link, str)):
+            if is_text:
+                ids += tokenizer.encode("".join(cast(Iterable[str], links)).strip())
                 continue
-            if link.shape != (size, size, 3):
-                raise UserError(f"prompt image has shape {link.shape}; the encoder reads ({size}, {size}, 3)")
-            images.append(link)
-            ids.append(tokenizer.image_start_id)
-            ids += [tokenizer.image_id] * self.config.num_visual_tokens
-            ids.append(tokenizer.image_end_id)
+            for link in cast(Iterable[np.ndarray], links):
+                ids += self._picture(link)
+                images.append(link)
+        if ids.count(tokenizer.image_id) != len(images) * self.config.num_visual_tokens:
+            raise UserError("prompt: the text holds <image>, which stands for an image; give the image itself")
         return [*ids, *tail], images
+
+    def _picture(self, image: np.ndarray) -> list[int]:
+        tokenizer, size = self.tokenizer, self.config.vision.image_size
+        if image.shape != (size, size, 3):
+            raise UserError(f"prompt image has shape {image.shape}; the encoder reads ({size}, {size}, 3)")
+        embeddings = [tokenizer.image_id] * self.config.num_visual_tokens
+        return [tokenizer.image_start_id, *embeddings, tokenizer.image_end_id]
 
 
 def _until(ids: list[int], end_id: int) -> list[int]:

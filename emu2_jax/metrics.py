@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -60,20 +61,11 @@ def _drop_after(path: Path, step: int) -> None:
     """Keep the whole lines of steps up to `step`; a killed writer may have left half a line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except json.JSONDecodeError:
-            break  # only the last line can be cut
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def read(workdir: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run, oldest first."""
-    with (workdir / JSONL).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:

@@ -57,7 +57,7 @@ def split_frozen(config: OptimizerConfig, params: Mapping[str, Any]) -> tuple[di
 
 
 def build(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay on matrices, per-part learning rates; for trained parts only."""
+    """Clip by global norm, Adam, decoupled weight decay on matrices, per-part learning rates; trained parts only."""
     relative = relative_schedule(config, num_steps)
 
     def scale_by_part(updates: Any, state: optax.ScaleByScheduleState, params: Any = None) -> tuple[Any, Any]:

@@ -65,7 +65,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Section:
-    """A node that holds others: a dataclass with its fields, or a tuple of dataclasses with the names of its members."""
+    """A node that holds others: a dataclass with its fields, or a tuple of dataclasses with its members' names."""
 
     names: tuple[str, ...]
     is_tuple: bool = False
@@ -283,7 +283,7 @@ def _parse_value(text: str) -> object:
 
 
 def _value_for(leaf: Leaf, override: Override) -> object:
-    """The value of an override as the leaf's type. Raises ConfigError naming the leaf, the origin and what is wanted."""
+    """The value of an override as the leaf's type. Raises ConfigError naming leaf, origin and what is wanted."""
     where = f"{override.path} ({override.origin})"
     try:
         value = _parse_value(override.text)

@@ -48,6 +48,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"project_down/kernel", ("fsdp", None)),
     # U-Net of the visual decoder: output channels on fsdp, whatever the layer.
     (r"unet/.*/(scale|bias)", (None,)),
+    (r"unet/conv_out/kernel", (None, None, "fsdp", None)),  # 4 latent channels out: input channels instead
     (r"unet/.*conv.*/kernel", (None, None, None, "fsdp")),
     (r"unet/.*/kernel", (None, "fsdp")),
 )

@@ -54,6 +54,7 @@ class Task(Protocol):
     def model_flops(self, batch_shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Floating-point operations that one step on a batch of these shapes has to do, without recomputation.
 
-        A trained part counts three times its forward pass, a frozen one once; causal attention counts half.
+        Three times the forward pass, for the backward pass takes twice as much; a frozen encoder, which nothing is
+        differentiated through, counts once. Causal attention counts half.
         """
         ...

@@ -83,7 +83,7 @@ def make_step(
         grads, out = _accumulate(jax.grad(loss, has_aux=True), trained, batch, key, micro_batches)
         updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
         params = {**optax.apply_updates(trained, updates), **frozen}
-        log = {"terms": dict(out.terms), "metrics": dict(out.metrics), "grad_norm": optax.global_norm(grads)}
+        log = {"terms": dict(out.terms), "metrics": dict(out.metrics), "grad_norm": optax.tree.norm(grads)}
         new_state = {"step": state["step"] + 1, "params": params, "opt_state": opt_state, "rng": state["rng"]}
         return new_state, log
 

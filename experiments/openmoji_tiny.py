@@ -36,7 +36,14 @@ from emu2_jax.config import (
 CORPORA: Mapping[str, OpenMojiSettings] = {
     "full": OpenMojiSettings(),
     "tiny": OpenMojiSettings(
-        num_pairs=12_000, num_interleaved=2_000, num_heldout_scenes=256, num_unseen=128, num_emoji=160, vocab_size=1024
+        num_pairs=16_000,
+        num_interleaved=2_000,
+        num_heldout_scenes=256,
+        num_unseen=128,
+        num_emoji=120,
+        max_objects=2,
+        max_count=3,
+        vocab_size=1024,
     ),
     "minimal": OpenMojiSettings(
         num_pairs=200,

@@ -267,8 +267,10 @@ def test_thin_keeps_spikes() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.41274, "0.4127"), (1204.4, "1,204"), (40, "40"), (3.2e-05, "3.2e-05"), (12000, "12,000"), (-2.5, "-2.5")]
-    + [(float("nan"), "not a number"), (float("inf"), "infinite")],
+    [
+        *[(0.41274, "0.4127"), (1204.4, "1,204"), (40, "40"), (3.2e-05, "3.2e-05"), (12000, "12,000"), (-2.5, "-2.5")],
+        *[(float("nan"), "not a number"), (float("inf"), "infinite")],
+    ],
 )
 def test_format_number(value: float, text: str) -> None:
     assert report.format_number(value) == text

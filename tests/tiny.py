@@ -25,6 +25,7 @@ BOS, EOS, PAD, IMAGE_START, IMAGE_END, IMAGE = 1, 2, 34, 35, 36, 37
 
 #: One image in a document: `[IMG]`, its four visual embeddings, `[/IMG]`.
 PICTURE = "picture"
+Document = Sequence[int | str]
 
 CONFIG = ExperimentConfig(
     name="tiny",
@@ -59,7 +60,12 @@ def random_parameters(init: Callable[[jax.Array], Any], seed: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
 
 
-def pack(rows: Sequence[Sequence[Sequence[int | str]]], shape: RowShape = ROW_SHAPE, seed: int = 0) -> dict[str, Any]:
+def leaf_paths(tree: Any) -> list[str]:
+    """What a tree is made of: the path of every leaf."""
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def pack(rows: Sequence[Sequence[Document]], shape: RowShape = ROW_SHAPE, seed: int = 0) -> dict[str, Any]:
     """Packed rows, each a list of documents of token ids and `PICTURE`s; pictures are noise, all loss weights are 1.
 
     Written from the contract in `emu2_jax.sequence`, apart from the packer of `data_pipelines`.

@@ -1,7 +1,7 @@
 """Scenes: a few drawings on a coloured background, their pictures and true descriptions of them.
 
-A `Scene` says exactly where every drawing lies; `render` draws it, `describe` puts it into one of many wordings, each of
-which is true and names the background and every object's count, size, name and place.
+A `Scene` says exactly where every drawing lies; `render` draws it, `describe` puts it into one of many wordings, each
+of which is true and names the background and every object's count, size, name and place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The noise of diffusion: how much there is at each timestep, and the Euler solver that takes it away.
 
-Timestep t in [0, T) has signal share alpha_bar[t]. Training mixes x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise;
-the solver works on x_t / sqrt(alpha_bar) = x_0 + sigma noise, with sigma = sqrt((1 - alpha_bar) / alpha_bar).
+Timestep t in [0, T) has signal share a = alpha_bar[t]. Training mixes x_t = sqrt(a) x_0 + sqrt(1 - a) noise; the solver
+works on x_t / sqrt(a) = x_0 + sigma noise, with sigma = sqrt((1 - a) / a).
 
 Source: DDPM (arXiv 2006.11239); EDM (arXiv 2206.00364) for the solver; min-SNR (arXiv 2303.09556);
 v-prediction (arXiv 2202.00512). Timesteps, sigmas and step are those of `EulerDiscreteScheduler` in diffusers 0.24.
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from emu2_jax.errors import ConfigError
 
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 #: Added to the timesteps of "leading" spacing. Source: release `scheduler/scheduler_config.json`, `steps_offset`.
 STEPS_OFFSET = 1
@@ -52,9 +52,11 @@ def target(
     alpha_bar: Float[Array, " B"],
     prediction: Prediction,
 ) -> Float[Array, "B S S C"]:
-    """What the network is trained to give for x_t: the noise, or the velocity sqrt(a) noise - sqrt(1 - a) clean."""
+    """What the network gives for x_t: noise, velocity sqrt(a) noise - sqrt(1 - a) clean, or the clean latent."""
     if prediction == "epsilon":
         return noise
+    if prediction == "sample":
+        return clean
     share = alpha_bar[:, None, None, None]
     return jnp.sqrt(share) * noise - jnp.sqrt(1.0 - share) * clean
 
@@ -62,9 +64,11 @@ def target(
 def min_snr_weight(alpha_bar: Float[Array, " B"], gamma: float, prediction: Prediction) -> Float[Array, " B"]:
     """Loss weight that caps a timestep's weight, seen as an error of x_0, at `gamma`.
 
-    With snr = 10, gamma = 5: 5 / 10 for epsilon, 5 / 11 for v_prediction.
+    With snr = 10, gamma = 5: 5 / 10 for epsilon, 5 / 11 for v_prediction, 5 for sample.
     """
     snr = signal_to_noise(alpha_bar)
+    if prediction == "sample":
+        return jnp.minimum(snr, gamma)
     return jnp.minimum(snr, gamma) / (snr if prediction == "epsilon" else snr + 1.0)
 
 
@@ -112,6 +116,8 @@ def euler_step(
     """One step along dx/dsigma = (x - x_0) / sigma; `x` is unscaled, `predicted` is the network's answer."""
     if prediction == "epsilon":
         clean = x - sigma * predicted
+    elif prediction == "sample":
+        clean = predicted
     else:
         clean = x / (sigma**2 + 1.0) - predicted * sigma / jnp.sqrt(sigma**2 + 1.0)
     return x + (next_sigma - sigma) * (x - clean) / sigma

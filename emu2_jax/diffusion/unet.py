@@ -2,8 +2,11 @@
 
 Layout NHWC. Parameters are float32; products run in `dtype`; norms, softmax and sinusoids are float32. Module names
 follow diffusers (`down_blocks/1/resnets/0/conv1`), so that a weight's name says where it comes from; the layers of one
-transformer are stacked (`models.stack`). Axis letters: B images, H W latent rows and columns, C channels, P = H W
-positions, N visual embeddings, D their width, E width of the time embedding.
+transformer are stacked (`models.stack`). The last product of every residual branch and of the network starts at zero:
+an untrained network is linear up to its last norm, and predicts nothing.
+
+Axis letters: B images, H W latent rows and columns, C channels, P = H W positions, N visual embeddings, D their width,
+E width of the time embedding.
 
 Source: diffusers 0.24 `UNet2DConditionModel` as configured by the release's `unet/config.json`.
 """
@@ -72,7 +75,7 @@ class ResidualBlock(nnx.Module):
         self.conv1 = convolution(inputs, outputs, dtype, rngs)
         self.time_emb_proj = nnx.Linear(time_width, outputs, dtype=dtype, rngs=rngs)
         self.norm2 = group_norm(config, outputs, config.norm_epsilon, dtype, rngs)
-        self.conv2 = convolution(outputs, outputs, dtype, rngs)
+        self.conv2 = convolution(outputs, outputs, dtype, rngs, zero=True)
         self.conv_shortcut = nnx.Conv(inputs, outputs, (1, 1), dtype=dtype, rngs=rngs) if inputs != outputs else None
 
     def __call__(self, x: Float[Array, "B H W C"], time: Float[Array, "B E"]) -> Float[Array, "B H W C2"]:
@@ -142,7 +145,7 @@ class Transformer(nnx.Module):
             config.transformer_layers_per_block[level],
             rngs=rngs,
         )
-        self.proj_out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.proj_out = nnx.Linear(width, width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B H W C"], condition: Float[Array, "B N D"], *, remat: Remat = "none"
@@ -236,7 +239,6 @@ class UNet(nnx.Module):
         self.up_blocks = nnx.Dict({str(i): block(last - i, up[i], len(up[i])) for i in range(last + 1)})
         self.upsamplers = nnx.Dict({str(i): Upsample(channels[last - i], dtype=dtype, rngs=rngs) for i in range(last)})
         self.conv_norm_out = group_norm(config, channels[0], config.norm_epsilon, dtype, rngs)
-        # Zero, so that training from nothing starts at the loss of predicting zero.
         self.conv_out = convolution(channels[0], config.out_channels, dtype, rngs, zero=True)
 
     def __call__(

@@ -100,7 +100,7 @@ def caption_rows(
     rows = empty_batch(len(images), RowShape(length, 1, visual_tokens, size), tokenizer.pad_id)
     picture = [tokenizer.image_start_id, *[tokenizer.image_id] * visual_tokens, tokenizer.image_end_id]
     for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        text = tokenizer.encode(caption)
+        text = tokenizer.encode_plain(caption)
         body = picture + text if image_first else text + picture
         ids = np.array([tokenizer.bos_id, *body, tokenizer.eos_id])
         own = slice(0, len(ids))
@@ -140,7 +140,7 @@ def _scorer(
     def run(
         images: Sequence[np.ndarray], captions: Sequence[str], *, image_first: bool
     ) -> dict[str, Float[np.ndarray, " pairs"]]:
-        longest = max(tokenizer.count_tokens(captions))
+        longest = max(tokenizer.count_plain(captions))
         visual_tokens = config.model.num_visual_tokens
         rows = caption_rows(
             tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from emu2_jax import losses as objective_lib
-from emu2_jax.config import ExperimentConfig, ModelConfig, ObjectiveConfig
+from emu2_jax.config import ExperimentConfig, ModelConfig, ObjectiveConfig, VisionConfig
 from emu2_jax.models import eva_vit, layers, llama
 from emu2_jax.task import Batch, Losses, Params, Term
 
@@ -36,6 +37,7 @@ def merge(config: ModelConfig, params: Params) -> Emu2:
     return nnx.merge(_graphdef(config), params)
 
 
+@functools.cache
 def _graphdef(config: ModelConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Emu2(config, rngs=nnx.Rngs(params=0))))
 
@@ -64,10 +66,14 @@ def encode_normalized(
     config: ModelConfig, visual_encoder_params: Params, images: Float[Array, "I S S 3"]
 ) -> Float[Array, "I N E"]:
     """Pooled visual embeddings of normalised images, float32."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: eva_vit.VisualEncoder(config.vision, rngs=nnx.Rngs(params=0))))
-    encoder: eva_vit.VisualEncoder = nnx.merge(graphdef, visual_encoder_params)
+    encoder: eva_vit.VisualEncoder = nnx.merge(_encoder_graphdef(config.vision), visual_encoder_params)
     embeddings = encoder(images.astype(jnp.dtype(config.compute_dtype)), remat=config.remat)
     return eva_vit.pool(embeddings, config.num_visual_tokens).astype(jnp.float32)
+
+
+@functools.cache
+def _encoder_graphdef(config: VisionConfig) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: eva_vit.VisualEncoder(config, rngs=nnx.Rngs(params=0))))
 
 
 def interleave(
@@ -201,6 +207,8 @@ class PretrainTask:
         decoder = rows * length * (2 * (language_matrices + head) + causal_attention)
         projections = 2 * language.width * vision.width * rows * slots * self.model.num_visual_tokens
         if "regression" in self.coefficients:
+            projections += 2 * language.width * vision.width * rows * length
+        if "image_end" in self.coefficients:
             projections += 2 * language.width * vision.width * rows * length
         return (1 if self.encoder_is_frozen else 3) * encoder + 3 * (decoder + projections)
 

@@ -109,7 +109,7 @@ class LanguageModel(nnx.Module):
         self.final_norm = layers.RMSNorm(config.width, epsilon=config.rms_norm_epsilon)
         self.head = layers.kernel((config.width, config.vocab_size), fan_in=config.width, rngs=rngs)
 
-    def embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Int[Array, "*axes"], dtype: jnp.dtype) -> Float[Array, "*axes D"]:
         """Token embeddings in the compute dtype."""
         return self.token_embedding[...][tokens].astype(dtype)
 

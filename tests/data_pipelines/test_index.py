@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_shards import WORDS, WriteShard, picture
 
 from data_pipelines.index import (
+    SampleIndex,
     index_paths,
     load_index,
     open_index,
@@ -163,11 +164,11 @@ def _broken(case: str, data: bytes) -> bytes:
     [
         ("empty", "shard has 0 bytes"),
         ("foreign", "is not a tar file: no tar header at byte 0"),
-        ("short", "cut: the file ends at byte 0"),
+        ("short", "cut: the file ends without the end mark of a tar at byte 0"),
         ("gzip", "is compressed; wanted a plain tar"),
         ("cut in a member", r"cut: member 'a\.png' at byte 1024 has 600 bytes, but the file ends at byte 1556"),
-        ("cut in a header", r"cut: the file ends at byte 1024, after member 'a\.txt'"),
-        ("no end mark", r"cut: the file ends at byte 2560, after member 'a\.png', without the end mark"),
+        ("cut in a header", r"cut: the file ends without the end mark of a tar at byte 1024, after member 'a\.txt'"),
+        ("no end mark", r"cut: the file ends without the end mark of a tar at byte 2560, after member 'a\.png'"),
         ("damaged header", r"damaged: no tar header at byte 1024, after member 'a\.txt'"),
         ("joined", r"data at byte \d+ after the end mark at byte 2560"),
     ],
@@ -238,9 +239,9 @@ def test_bad_samples_are_left_out_and_counted(write_shard: WriteShard, tokenizer
 # --- the stored index -------------------------------------------------------------------------------------------------
 
 
-def _same(a: object, b: object) -> bool:
+def _same(a: SampleIndex, b: SampleIndex) -> bool:
     names = ("keys", "starts", "offsets", "sizes", "is_image", "slots", "tokens")
-    return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names) and getattr(a, "bad") == getattr(b, "bad")
+    return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names) and a.bad == b.bad
 
 
 def test_index_is_stored_beside_the_shard_and_read_back(write_shard: WriteShard, tokenizer: Tokenizer) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny_shards import WORDS, Members, WriteShard, picture
+from tiny_shards import WORDS, Members, WriteShard, cut_picture, picture
 
 from data_pipelines.index import SampleIndex, scan_shard
 from data_pipelines.interleave import DocumentRules, measure, order_parts, outline, read_document
@@ -100,7 +100,7 @@ def test_image_first_with_the_set_probability(write_shard: WriteShard, tokenizer
 
 
 def test_damaged_image_is_dropped_from_a_story_and_ends_a_pair(write_shard: WriteShard, tokenizer: Tokenizer) -> None:
-    cut = picture(0)[:-25]
+    cut = cut_picture(0)
     story = scan_shard(
         write_shard("a.tar", [("a.0.txt", b"cat"), ("a.0.png", cut), ("a.1.png", picture(1)), ("b.0.png", cut)]),
         "interleaved",

@@ -180,8 +180,8 @@ def test_large_and_small_are_told_apart() -> None:
     for scene in random_scenes(300):
         for thing in scene.objects:
             sides[thing.size] |= {max(right - left, bottom - top) for left, top, right, bottom in thing.boxes}
-    assert 14 <= min(sides["small"]) and max(sides["small"]) <= 20
-    assert 26 <= min(sides["large"]) and max(sides["large"]) <= 39
+    assert min(sides["small"]) >= 14 and max(sides["small"]) <= 20
+    assert min(sides["large"]) >= 26 and max(sides["large"]) <= 39
 
 
 def test_groups_stand_where_they_are_said_to() -> None:

@@ -48,7 +48,8 @@ def test_turns_of_small_schedules(weights: list[float], turns: list[int]) -> Non
 
 
 @pytest.mark.parametrize(
-    "weights", [[0.6, 0.3, 0.1], [12800, 6400, 3200, 800], [0.5, 0.49, 0.01], [0.34, 0.33, 0.32, 0.01], [1 / 3, 1.0, 0.1]]
+    "weights",
+    [[0.6, 0.3, 0.1], [12800, 6400, 3200, 800], [0.5, 0.49, 0.01], [0.34, 0.33, 0.32, 0.01], [1 / 3, 1.0, 0.1]],
 )
 def test_every_source_gets_its_share_within_one_turn(weights: list[float]) -> None:
     schedule = Schedule(weights)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_shards import picture
+from tiny_shards import cut_picture, picture
 
 from data_pipelines import samples
 from data_pipelines.index import BadSample, SampleError, decode_text
@@ -22,7 +23,7 @@ def _encode(image: Image.Image, file_format: str = "PNG") -> bytes:
 
 
 def test_text_loses_white_space_at_its_ends_only() -> None:
-    assert decode_text(" a  cat\n".encode()) == "a  cat"
+    assert decode_text(b" a  cat\n") == "a  cat"
 
 
 def test_picture_is_squeezed_to_a_square_like_the_release() -> None:
@@ -45,7 +46,7 @@ def test_every_8_bit_mode_becomes_rgb(mode: str) -> None:
     ("data", "cause"),
     [
         (picture(3, 64, "JPEG")[:-200], "damaged_image"),
-        (picture(3, 64)[:-30], "damaged_image"),
+        (cut_picture(3), "damaged_image"),
         (picture(3)[:50].replace(b"IHDR", b"IHDX"), "not_an_image"),
         (b"", "not_an_image"),
         (b"<html>not found</html>", "not_an_image"),
@@ -71,10 +72,9 @@ def test_damaged_pictures_decode_or_raise_sample_error(data: st.DataObject) -> N
     content = bytearray(picture(5, 16, file_format))
     for _ in range(data.draw(st.integers(1, 5))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        assert decode_image(bytes(content[: data.draw(st.integers(0, len(content)))]), 8).shape == (8, 8, 3)
-    except SampleError:
-        pass
+    content = content[: data.draw(st.integers(0, len(content)))]
+    with contextlib.suppress(SampleError):
+        assert decode_image(bytes(content), 8).shape == (8, 8, 3)
 
 
 def test_crop_of_a_known_picture() -> None:

@@ -1,12 +1,14 @@
 """The decoder's loss, null condition and sampler on a tiny model with the real visual encoder."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import random_parameters
 
 from emu2_jax.config import DecoderConfig, ExperimentConfig, ModelConfig, UNetConfig, VisionConfig
 from emu2_jax.diffusion import decoder
@@ -60,32 +62,29 @@ def batch(count: int = 4) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def params() -> Any:
-    """Random parameters, the last convolution of the U-Net not zero."""
-    params = DecoderTask(CONFIG).init(jax.random.key(0))
-    kernel = params["unet"]["conv_out"]["kernel"]
-    params["unet"]["conv_out"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), kernel.shape)
-    return params
+    return jax.tree.map(jnp.asarray, random_parameters(DecoderTask(CONFIG).init))
 
 
-def losses(config: ExperimentConfig, params: Any, seed: int = 0, count: int = 4) -> Losses:
-    return jax.jit(DecoderTask(config).losses)(params, batch(count), jax.random.key(seed))
+@functools.cache
+def compiled_losses(config: ExperimentConfig) -> Any:
+    return jax.jit(DecoderTask(config).losses)
 
 
-def test_a_network_of_zeros_has_the_loss_of_unit_noise() -> None:
-    # An untrained U-Net predicts 0, so an image's error is the mean square of its noise: about 1 + 0.5^2.
-    config = with_decoder(noise_offset=0.5)
-    params = DecoderTask(config).init(jax.random.key(0))
-    weight = np.ones(128, np.float32)
-    many = {name: np.concatenate([values] * 32) for name, values in batch().items()} | {"weight": weight}
-    term = jax.jit(DecoderTask(config).losses)(params, many, jax.random.key(3)).terms["noise"]
-    assert term.weight == 128
-    assert term.sum / term.weight == pytest.approx(1.25, abs=0.03)
+def losses(params: Any, batch: Any, seed: int = 0, config: ExperimentConfig = CONFIG) -> Losses:
+    return compiled_losses(config)(params, batch, jax.random.key(seed))
+
+
+def test_an_untrained_network_has_the_loss_of_predicting_nothing() -> None:
+    # It predicts 0, so an image's error is the mean square of its noise: about 1, plus 0.1^2 from the offset.
+    params = jax.jit(DecoderTask(CONFIG).init)(jax.random.key(0))
+    terms = [losses(params, batch(), seed).terms["noise"] for seed in range(20)]
+    assert sum(t.sum for t in terms) / sum(t.weight for t in terms) == pytest.approx(1.01, abs=0.02)
 
 
 def test_terms_are_weighted_and_metrics_add_up_to_the_term(params: Any) -> None:
-    result = losses(CONFIG, params)
+    result = losses(params, batch())
     assert result.terms["noise"].weight == DecoderTask(CONFIG).term_weights(batch())["noise"] == 4.0
-    assert list(result.metrics) == ["noise_t0_249", "noise_t250_499", "noise_t500_749", "noise_t750_999"]
+    assert sorted(result.metrics) == ["noise_t0_249", "noise_t250_499", "noise_t500_749", "noise_t750_999"]
     np.testing.assert_allclose(sum(m.sum for m in result.metrics.values()), result.terms["noise"].sum, rtol=1e-6)
     assert sum(m.weight for m in result.metrics.values()) == 4.0
 
@@ -93,31 +92,28 @@ def test_terms_are_weighted_and_metrics_add_up_to_the_term(params: Any) -> None:
 def test_images_of_weight_zero_do_not_count(params: Any) -> None:
     changed = batch()
     changed["images"][1] = 255 - changed["images"][1]
-    before, after = (
-        jax.jit(DecoderTask(CONFIG).losses)(params, b, jax.random.key(0)).terms["noise"] for b in (batch(), changed)
-    )
-    np.testing.assert_array_equal(before.sum, after.sum)
-    nothing = batch() | {"weight": np.zeros(4, np.float32)}
-    term = jax.jit(DecoderTask(CONFIG).losses)(params, nothing, jax.random.key(0)).terms["noise"]
-    assert (term.sum, term.weight) == (0.0, 0.0)
+    assert losses(params, batch()).terms["noise"].sum == losses(params, changed).terms["noise"].sum
+    nothing = losses(params, batch() | {"weight": np.zeros(4, np.float32)}).terms["noise"]
+    assert (nothing.sum, nothing.weight) == (0.0, 0.0)
 
 
 def test_every_draw_comes_from_the_key(params: Any) -> None:
-    first, again, other = (losses(CONFIG, params, seed).terms["noise"].sum for seed in (0, 0, 1))
+    first, again, other = (losses(params, batch(), seed).terms["noise"].sum for seed in (0, 0, 1))
     assert first == again != other
 
 
 def test_min_snr_weighs_the_term_but_not_the_metrics(params: Any) -> None:
-    plain, weighted = losses(CONFIG, params), losses(with_decoder(min_snr_gamma=1.0), params)
+    plain, weighted = losses(params, batch()), losses(params, batch(), config=with_decoder(min_snr_gamma=0.01))
     assert weighted.terms["noise"].sum < plain.terms["noise"].sum
-    np.testing.assert_allclose(
-        [m.sum for m in weighted.metrics.values()], [m.sum for m in plain.metrics.values()], rtol=1e-5
-    )
+    for name, metric in plain.metrics.items():
+        np.testing.assert_allclose(weighted.metrics[name].sum, metric.sum, rtol=1e-3)
 
 
 def test_only_the_unet_gets_a_gradient(params: Any) -> None:
     def loss(params: Any) -> jax.Array:
-        return DecoderTask(CONFIG).losses(params, batch(), jax.random.key(0)).terms["noise"].sum
+        return (
+            DecoderTask(CONFIG).losses(params, jax.tree.map(jnp.asarray, batch()), jax.random.key(0)).terms["noise"].sum
+        )
 
     gradient = jax.jit(jax.grad(loss))(params)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient["visual_encoder"]))
@@ -129,7 +125,7 @@ def test_only_the_unet_gets_a_gradient(params: Any) -> None:
 @pytest.mark.parametrize(("dropout", "share"), [(0.0, 0.0), (0.25, 0.25), (1.0, 1.0)])
 def test_condition_dropout_puts_the_null_in_place_of_an_image(params: Any, dropout: float, share: float) -> None:
     task = DecoderTask(with_decoder(condition_dropout=dropout))
-    many = batch() | {"images": np.concatenate([images()] * 100)}
+    many = batch() | {"images": jnp.concatenate([images()] * 100)}
     condition = jax.jit(task.condition)(params, many, jax.random.key(0))
     own = encode_images(CONFIG.model, params["visual_encoder"], many["images"])
     null = null_embeddings(CONFIG.model, params["visual_encoder"])
@@ -141,8 +137,8 @@ def test_condition_dropout_puts_the_null_in_place_of_an_image(params: Any, dropo
 
 def test_null_is_the_mean_colour_and_not_black(params: Any) -> None:
     null = null_embeddings(CONFIG.model, params["visual_encoder"])
-    mean_colour = np.broadcast_to(np.uint8([123, 117, 104]), (1, 8, 8, 3))  # CLIP's mean in 8 bits, rounded
-    black = np.zeros((1, 8, 8, 3), np.uint8)
+    mean_colour = jnp.broadcast_to(jnp.uint8([123, 117, 104]), (1, 8, 8, 3))  # CLIP's mean in 8 bits, rounded
+    black = jnp.zeros((1, 8, 8, 3), jnp.uint8)
     np.testing.assert_allclose(null, encode_images(CONFIG.model, params["visual_encoder"], mean_colour), atol=0.02)
     assert np.abs(null - encode_images(CONFIG.model, params["visual_encoder"], black)).max() > 0.1
 
@@ -189,14 +185,14 @@ def test_sampling_with_a_perfect_network(
 
 
 def test_autoencode_draws_within_range_and_repeatably(params: Any) -> None:
-    drawn = autoencode(CONFIG, params, images(2), jax.random.key(0))
+    drawn = autoencode(CONFIG, params, jnp.asarray(images(2)), jax.random.key(0))
     assert (drawn.shape, drawn.dtype) == ((2, 16, 16, 3), jnp.float32)
     assert 0 <= drawn.min() < drawn.max() <= 1
-    np.testing.assert_array_equal(drawn, autoencode(CONFIG, params, images(2), jax.random.key(0)))
+    np.testing.assert_array_equal(drawn, autoencode(CONFIG, params, jnp.asarray(images(2)), jax.random.key(0)))
 
 
 def test_sampling_compiles_once(params: Any) -> None:
-    embeddings = encode_images(CONFIG.model, params["visual_encoder"], images(2))
+    embeddings = encode_images(CONFIG.model, params["visual_encoder"], jnp.asarray(images(2)))
     before = decoder._sample._cache_size()
     for seed, scale in enumerate((2.0, 2.5, 3.0)):
         sample(CONFIG, params, embeddings, embeddings[:1], jax.random.key(seed), guidance_scale=scale, num_steps=2)
@@ -207,7 +203,7 @@ def test_the_37b_decoder_recipe_plans_without_its_vae() -> None:
     config = ExperimentConfig(name="decoder")
     shapes = jax.eval_shape(DecoderTask(config).init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["unet"])) == 2_525_520_644
-    with pytest.raises(ConfigError, match="decoder.latent"):
+    with pytest.raises(ConfigError, match=r"decoder\.latent"):
         sample(config, {"unet": {}}, jnp.zeros((1, 64, 1792)), jnp.zeros((1, 64, 1792)), jax.random.key(0))
 
 

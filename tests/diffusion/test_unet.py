@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import random_parameters
 
 from emu2_jax.config import UNetConfig
-from emu2_jax.diffusion.unet import UNet, check, down_widths, group_norm, up_widths
+from emu2_jax.diffusion.unet import Block, UNet, check, down_widths, group_norm, up_widths
 from emu2_jax.errors import ConfigError
 
 TINY = UNetConfig(
@@ -24,65 +25,55 @@ TINY = UNetConfig(
     time_id_width=4,
     norm_groups=4,
 )
+FLOAT32 = jnp.dtype("float32")
 
 
-def build(config: UNetConfig = TINY, dtype: str = "float32") -> UNet:
-    return UNet(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(params=0))
+def build(config: UNetConfig, key: jax.Array, dtype: str = "float32") -> UNet:
+    return UNet(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(params=key))
 
 
-def parameter_shapes(config: UNetConfig) -> Any:
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: build(config)), nnx.Param))
+def init(key: jax.Array, config: UNetConfig = TINY) -> Any:
+    return nnx.to_pure_dict(nnx.state(build(config, key), nnx.Param))
 
 
-def count(shapes: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+def inputs() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    latents = jax.random.normal(jax.random.key(0), (2, 4, 8, 3))
+    condition = jax.random.normal(jax.random.key(1), (2, 5, 6))
+    time_ids = jnp.tile(jnp.array([[64, 64, 0, 0, 64, 64]]), (2, 1))
+    return latents, jnp.array([0, 100]), condition, time_ids
 
 
-def inputs(batch: int = 2) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    latents = jax.random.normal(jax.random.key(0), (batch, 4, 8, 3))
-    condition = jax.random.normal(jax.random.key(1), (batch, 5, 6))
-    time_ids = jnp.tile(jnp.array([[64, 64, 0, 0, 64, 64]]), (batch, 1))
-    return latents, jnp.arange(batch) * 100, condition, time_ids
+@jax.jit
+def forward(parameters: Any, *inputs: jax.Array) -> jax.Array:
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(TINY, jax.random.key(0))))
+    return nnx.merge(graphdef, parameters)(*inputs)
 
 
 @pytest.fixture(scope="module")
-def lively() -> UNet:
-    """A tiny U-Net whose last convolution is not zero."""
-    unet = build()
-    unet.conv_out.kernel.set_value(jax.random.normal(jax.random.key(2), unet.conv_out.kernel.shape))
-    return unet
+def parameters() -> Any:
+    return random_parameters(init)
 
 
 def test_parameter_count_of_sdxl() -> None:
     # SDXL base 1.0 has 2,567,463,684 U-Net parameters. It reads text 2048 wide but pools it 1280 wide; here both are
     # one width, so the count at 2048 has (2048 - 1280) more inputs of the first product of `add_embedding`.
-    shapes = parameter_shapes(dataclasses.replace(UNetConfig(), cross_attention_width=2048))
-    assert count(shapes) - (2048 - 1280) * 1280 == 2_567_463_684
+    config = dataclasses.replace(UNetConfig(), cross_attention_width=2048)
+    shapes = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) - (2048 - 1280) * 1280 == 2_567_463_684
 
 
-def test_parameter_count_of_emu2() -> None:
-    shapes = parameter_shapes(UNetConfig())
-    assert shapes["add_embedding"]["linear_1"]["kernel"].shape == (3328, 1280)
-    assert count(shapes) == 2_525_520_644
+def test_emu2_forward_shapes() -> None:
+    def forward(key: jax.Array) -> jax.Array:
+        condition, time_ids = jnp.zeros((1, 64, 1792)), jnp.zeros((1, 6), int)
+        unet = build(UNetConfig(), key, "bfloat16")
+        assert unet.add_embedding.linear_1.kernel.shape == (3328, 1280)
+        return unet(jnp.zeros((1, 128, 128, 4)), jnp.zeros(1, int), condition, time_ids, remat="full")
 
-
-def test_sdxl_forward_shapes() -> None:
-    def forward() -> jax.Array:
-        unet = build(UNetConfig(), "bfloat16")
-        return unet(
-            jnp.zeros((1, 128, 128, 4)),
-            jnp.zeros(1, int),
-            jnp.zeros((1, 64, 1792)),
-            jnp.zeros((1, 6), int),
-            remat="full",
-        )
-
-    predicted = jax.eval_shape(forward)
+    predicted = jax.eval_shape(forward, jax.random.key(0))
     assert (predicted.shape, predicted.dtype) == ((1, 128, 128, 4), jnp.float32)
 
 
-def test_parameters_are_plain_float32_dicts_with_string_keys() -> None:
-    parameters = nnx.to_pure_dict(nnx.state(build(), nnx.Param))
+def test_parameters_are_plain_float32_dicts_with_string_keys(parameters: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         assert all(isinstance(entry.key, str) for entry in path)
         assert leaf.dtype == jnp.float32
@@ -104,47 +95,51 @@ def test_widths_of_residual_blocks() -> None:
 
 
 def test_starts_at_zero_and_keeps_the_shape() -> None:
-    predicted = build(dtype="bfloat16")(*inputs())
+    predicted = forward(jax.jit(init)(jax.random.key(0)), *inputs())
     assert (predicted.shape, predicted.dtype) == ((2, 4, 8, 3), jnp.float32)
     np.testing.assert_array_equal(predicted, 0.0)
 
 
 @pytest.mark.parametrize("changed", range(4), ids=["latents", "timesteps", "condition", "time_ids"])
-def test_every_input_reaches_its_own_image_only(lively: UNet, changed: int) -> None:
+def test_every_input_reaches_its_own_image_only(parameters: Any, changed: int) -> None:
     before = inputs()
     after = list(before)
     after[changed] = before[changed].at[1].add(1)
-    difference = np.abs(np.asarray(lively(*before) - lively(*after))).max((1, 2, 3))
+    difference = np.abs(np.asarray(forward(parameters, *before) - forward(parameters, *after))).max((1, 2, 3))
     assert difference[0] < 1e-5
     assert difference[1] > 1e-3
 
 
-def test_condition_is_a_set(lively: UNet) -> None:
+def test_condition_is_a_set(parameters: Any) -> None:
     # As in SDXL, nothing tells the U-Net an embedding's place in the sequence: the encoder has to have written it in.
     latents, timesteps, condition, time_ids = inputs()
     np.testing.assert_allclose(
-        lively(latents, timesteps, condition, time_ids),
-        lively(latents, timesteps, condition[:, ::-1], time_ids),
-        atol=1e-4,
+        forward(parameters, latents, timesteps, condition, time_ids),
+        forward(parameters, latents, timesteps, condition[:, ::-1], time_ids),
+        atol=1e-3,
     )
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_recomputation_does_not_change_the_gradient(lively: UNet, remat: Any) -> None:
-    graphdef, state = nnx.split(lively)
+def test_recomputation_does_not_change_the_gradient() -> None:
+    block = Block(TINY, 1, [(8, 16)], num_transformers=1, dtype=FLOAT32, rngs=nnx.Rngs(params=0))
+    graphdef, state = nnx.split(block)
+    parameters = random_parameters(lambda _: nnx.to_pure_dict(state))
+    x, time = jax.random.normal(jax.random.key(0), (1, 4, 4, 8)), jnp.ones((1, 32))
 
-    def loss(state: Any, remat: Any) -> jax.Array:
-        return jnp.square(nnx.merge(graphdef, state)(*inputs(1), remat=remat)).mean()
+    def gradient(remat: Any) -> Any:
+        def loss(parameters: Any) -> jax.Array:
+            return nnx.merge(graphdef, parameters).layer(0, x, time, jnp.ones((1, 5, 6)), remat).mean()
 
-    wanted = jax.jit(jax.grad(loss), static_argnums=1)(state, "none")
-    got = jax.jit(jax.grad(loss), static_argnums=1)(state, remat)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, wanted)
+        return jax.jit(jax.grad(loss))(parameters)
+
+    wanted = gradient("none")
+    for remat in ("dots", "full"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient(remat), wanted)
 
 
 def test_group_norm_of_a_worked_example() -> None:
     # Two groups of one channel over two positions: (1, 3) and (10, 10) with variances 1 and 0.
-    config = dataclasses.replace(TINY, norm_groups=2)
-    norm = group_norm(config, 2, 1e-5, jnp.dtype("float32"), nnx.Rngs(params=0))
+    norm = group_norm(dataclasses.replace(TINY, norm_groups=2), 2, 1e-5, FLOAT32, nnx.Rngs(params=0))
     x = jnp.array([[[[1.0, 10.0], [3.0, 10.0]]]])
     np.testing.assert_allclose(norm(x).ravel(), [-1.0, 0.0, 1.0, 0.0], atol=1e-5)
 
@@ -166,5 +161,6 @@ def test_group_norm_has_float32_statistics_in_bfloat16() -> None:
     ],
 )
 def test_levels_that_do_not_fit(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as error:
         check(dataclasses.replace(TINY, **change))
+    assert message in str(error.value)

@@ -63,9 +63,7 @@ def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
     assert "nearest: openmoji_tiny_stage1" in command.fail(["train", "openmoji_tiny_stag1", "--dry_run"], capsys)
 
 
-def test_work_directory_of_another_config(
-    trained: Path, gin_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_work_directory_of_another_config(trained: Path, gin_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in (trained / CONFIG, trained / JSONL)}
     flags = ("--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2", "--gin.optimizer.learning_rate=0.5")
     line = command.fail(train(trained, gin_file, *flags), capsys)
@@ -155,9 +153,7 @@ def test_unfinished_checkpoint_is_ignored_and_named(
     workdir = shutil.copytree(trained, tmp_path / "run")
     finished = workdir / FOLDER / "00000004"
     finished.rename(finished.with_name("00000004.orbax-checkpoint-tmp"))  # what a killed writer leaves
-    cli.main(
-        [str(a) for a in train(workdir, gin_file, "--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2")]
-    )
+    cli.main([str(a) for a in train(workdir, gin_file, "--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2")])
     output = capsys.readouterr().out
     assert "00000004.orbax-checkpoint-tmp: this checkpoint was never finished" in output
     assert f"resuming {STAGE1} after step 2 of 4" in output
@@ -171,9 +167,7 @@ def test_damaged_checkpoint_is_set_aside_and_named(
     for path in (workdir / FOLDER / "00000004" / "state").rglob("*"):
         if path.is_file() and path.stat().st_size > 10_000:
             path.write_bytes(path.read_bytes()[:100])
-    cli.main(
-        [str(a) for a in train(workdir, gin_file, "--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2")]
-    )
+    cli.main([str(a) for a in train(workdir, gin_file, "--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2")])
     output = capsys.readouterr().out
     assert "checkpoint 4 cannot be read" in output
     assert f"resuming {STAGE1} after step 2 of 4" in output
@@ -194,9 +188,7 @@ def test_diverged_run_names_step_term_and_checkpoint(
     assert "loss/text" in line and "not finite" in line and "last good checkpoint is step" in line
 
 
-def test_stage_without_checkpoint(
-    gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stage_without_checkpoint(gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--gin.train.num_steps=2", f"--gin.train.init_from={tmp_path}/nowhere")
     assert "nowhere" in command.fail(train(tmp_path / "run", gin_file, *flags), capsys)
 

@@ -24,8 +24,8 @@ from emu2_jax.task import Losses
 Arrays = dict[str, np.ndarray]
 
 #: Ten positions each: a picture and its caption, a text with a picture inside.
-CAPTIONED = [BOS, PICTURE, 5, 6, EOS]
-ILLUSTRATED = [BOS, 7, PICTURE, 8, EOS]
+CAPTIONED: tiny.Document = [BOS, PICTURE, 5, 6, EOS]
+ILLUSTRATED: tiny.Document = [BOS, 7, PICTURE, 8, EOS]
 FIRST, SECOND, PADDING = slice(0, 10), slice(10, 20), slice(20, 24)
 
 
@@ -413,3 +413,27 @@ def test_a_traced_training_step_costs_three_forward_passes() -> None:
     patches = 2 * (2 * 2 * 16) * (2 * 2 * 3) * 16
     logits = 2 * (2 * 24) * 32 * 48
     assert backward_and_forward == 3 * forward - patches + logits
+
+
+def test_bfloat16_with_recomputation_stays_close_and_sums_in_float32(
+    params: Any, forward: Callable[..., Forward], packed: Arrays
+) -> None:
+    """As the 37B recipes compute: bfloat16 products, a frozen bfloat16 encoder, every layer recomputed."""
+    model = dataclasses.replace(tiny.CONFIG.model, compute_dtype="bfloat16", remat="full")
+    optimizer = OptimizerConfig(frozen=("visual_encoder",))
+    config = dataclasses.replace(tiny.CONFIG, model=model, optimizer=optimizer)
+    task = PretrainTask(config, image_start_id=tiny.IMAGE_START, image_end_id=IMAGE_END)
+    trained = jax.tree.map(jnp.asarray, params)
+    encoder = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), trained.pop("visual_encoder"))
+
+    def total(trained: Any) -> tuple[jax.Array, Losses]:
+        losses = task.losses({**trained, "visual_encoder": encoder}, as_jax(packed), jax.random.key(0))
+        return jnp.asarray(sum(term.sum for term in losses.terms.values())), losses
+
+    gradient, losses = jax.jit(jax.grad(total, has_aux=True))(trained)
+    exact = forward(params, packed)
+    for name, term in losses.terms.items():
+        assert term.sum.dtype == term.weight.dtype == jnp.float32
+        assert float(term.sum) == pytest.approx(exact.sum(name), rel=0.05)
+    assert np.isfinite(largest(gradient))
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {np.dtype("float32")}

@@ -32,7 +32,7 @@ def stack() -> Stack:
 
 
 def weights_of(stack: Stack) -> np.ndarray:
-    return np.asarray(stack.layers.weight[...])
+    return np.asarray(nnx.to_pure_dict(nnx.state(stack))["layers"]["weight"])
 
 
 def test_parameters_have_one_leading_axis_and_layers_differ(stack: Stack) -> None:

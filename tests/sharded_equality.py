@@ -1,0 +1,132 @@
+"""Trains the tiny model on one device, on meshes of eight, and with accumulation; prints how far they end apart.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharded_equality.py
+
+A program of its own because the number of host devices is fixed when jax starts. `test_sharded_equality.py` reads the
+one line of JSON that it prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tiny
+
+from emu2_jax import sharding
+from emu2_jax.config import MeshConfig, OptimizerConfig
+from emu2_jax.train import BatchPlacer, Program, build_program
+
+NUM_STEPS = 3
+ROWS = 16
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, clip_norm=1.0, epsilon=1e-6)
+
+
+class Run(NamedTuple):
+    """What a run of three steps leaves behind."""
+
+    losses: np.ndarray  # steps x (text, regression, gradient norm)
+    params: dict[str, Any]
+    misplaced: list[str]  # leaves of the final state that lie elsewhere than the table says
+
+
+def batches() -> list[dict[str, np.ndarray]]:
+    """Rows of different fill: images in some only, so that the terms' weights differ from device to device."""
+    rng = np.random.default_rng(0)
+
+    def words(count: int) -> list[int]:
+        return rng.integers(3, 30, count).tolist()
+
+    def row(number: int) -> list[tiny.Document]:
+        documents: list[tiny.Document] = [[tiny.BOS, *words(1 + number % 4), tiny.EOS]]
+        for _ in range(number % 3):
+            documents.append([tiny.BOS, tiny.PICTURE, *words(1), tiny.EOS])
+        return documents
+
+    return [tiny.pack([row(number + step) for number in range(ROWS)], seed=step) for step in range(NUM_STEPS)]
+
+
+def start(program: Program) -> Any:
+    """The same random parameters on any mesh, and moments of zero."""
+    params = tiny.random_parameters(tiny.task().init)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.abstract_state)
+    state["params"] = params
+    return jax.tree.map(lambda array, leaf: jax.device_put(array, leaf.sharding), state, program.abstract_state)
+
+
+def train(mesh: MeshConfig, optimizer: OptimizerConfig, devices: list[jax.Device]) -> Run:
+    config = dataclasses.replace(tiny.CONFIG, mesh=mesh, optimizer=optimizer)
+    program = build_program(tiny.task(optimizer=optimizer), config, devices)
+    state, place, losses = start(program), BatchPlacer(program.mesh), []
+    for batch in batches():
+        state, log = program.step(state, place(batch))
+        means = [float(term.sum) / float(term.weight) for term in log["terms"].values()]
+        losses.append([*means, float(log["grad_norm"])])
+    leaves = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(program.abstract_state), strict=True)
+    misplaced = [
+        jax.tree_util.keystr(path)
+        for (path, leaf), wanted in leaves
+        if not leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    ]
+    return Run(np.array(losses), jax.device_get(state["params"]), misplaced)
+
+
+def moment_share(mesh: MeshConfig) -> float:
+    """Bytes of Adam's moments on one device, as a share of all of them."""
+    program = build_program(tiny.task(), dataclasses.replace(tiny.CONFIG, mesh=mesh, optimizer=OPTIMIZER))
+    moments = start(program)["opt_state"]
+    where = jax.tree.map(lambda leaf: leaf.sharding, moments)
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(moments))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(moments))
+    assert held == sharding.bytes_per_device(moments, where)
+    return held / whole
+
+
+def initial_params(mesh: MeshConfig, devices: list[jax.Device]) -> Any:
+    program = build_program(tiny.task(), dataclasses.replace(tiny.CONFIG, mesh=mesh), devices)
+    return jax.device_get(program.init()["params"])
+
+
+def distance(a: Run, b: Run) -> dict[str, float]:
+    """Largest relative difference of the losses; of the parameters, relative to the largest one of their leaf."""
+    params = jax.tree.map(lambda x, y: float(np.abs(x - y).max() / np.abs(x).max()), a.params, b.params)
+    return {
+        "losses": float(np.abs(a.losses / b.losses - 1).max()),
+        "params": max(jax.tree.leaves(params)),
+    }
+
+
+def main() -> None:
+    devices = jax.devices()
+    assert len(devices) == 8, f"needs 8 host devices, there are {len(devices)}; set XLA_FLAGS"
+    one = train(MeshConfig(), OPTIMIZER, devices[:1])
+    runs = {
+        "data 2 x fsdp 2 x tensor 2": train(MeshConfig(data=2, fsdp=2, tensor=2), OPTIMIZER, devices),
+        "fsdp 8": train(MeshConfig(fsdp=8), OPTIMIZER, devices),
+        "accumulation of 2": train(
+            MeshConfig(data=2, tensor=2), dataclasses.replace(OPTIMIZER, accumulation_steps=2), devices
+        ),
+    }
+    moved = jax.tree.map(
+        lambda before, after: float(np.abs(before - after).max()), tiny.random_parameters(tiny.task().init), one.params
+    )
+    initial = (initial_params(MeshConfig(), devices[:1]), initial_params(MeshConfig(fsdp=4, tensor=2), devices))
+    drawn_apart = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), *initial)
+    report = {
+        "initial_params": max(jax.tree.leaves(drawn_apart)),
+        "losses": one.losses.tolist(),
+        "smallest_move": min(jax.tree.leaves(moved)),
+        "moment_share": {
+            "fsdp 8": moment_share(MeshConfig(fsdp=8)),
+            "data 8": moment_share(MeshConfig(data=8, fsdp=1)),
+        },
+        "runs": {name: {**distance(one, run), "misplaced": run.misplaced} for name, run in runs.items()},
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
