@@ -119,7 +119,12 @@ def _open_latest(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     if not folder.is_dir():
         raise CheckpointError(f"{workdir}: holds no checkpoint; train that stage first")
     options = ocp.CheckpointManagerOptions(read_only=True, step_format_fixed_length=8)
-    with ocp.CheckpointManager(folder, options=options, item_names=("state",)) as manager:
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(),
+        "input": ocp.JsonCheckpointHandler(),
+        "config": ocp.JsonCheckpointHandler(),
+    }
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
         step = manager.latest_step()
         if step is None:
             raise CheckpointError(f"{workdir}: holds no complete checkpoint; train that stage first")

@@ -56,7 +56,7 @@ class DecoderTask:
         return {"noise": jnp.asarray(batch["weight"], jnp.float32).sum()}
 
     def losses(self, params: Params, batch: Batch, key: PRNGKeyArray) -> Losses:
-        """Squared error of the predicted noise at one random timestep per image, averaged over the latent."""
+        """Squared error of the prediction at one random timestep per image, averaged over the latent."""
         timestep_key, noise_key, dropout_key = jax.random.split(key, 3)
         codec = open_codec(self.decoder)
         clean = codec.encode(batch["images"].astype(jnp.float32) / 127.5 - 1.0)

@@ -20,6 +20,15 @@ from emu2_jax.models.stack import Remat, Stack
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+#: Of the initial position embedding. **open**: pretrained encoders bring theirs. Patches enter with a standard deviation
+#: of about 1, and the decoder sees the embeddings as a set: at the usual 0.02 it cannot tell where each belongs.
+POSITION_INIT_STD = 0.5
+
+#: Of the norms' scales. **open**: a post-norm sublayer adds a vector of exactly this size per channel, so that at 1 the
+#: residual stream of an untrained encoder grows with depth and buries the patch that it started from. Source: the
+#: reasoning of Swin v2 (arXiv 2111.09883), which starts at 0.
+POST_NORM_INIT_SCALE = 0.1
+
 
 def normalize(images: UInt8[Array, "I S S 3"]) -> Float[Array, "I S S 3"]:
     """8-bit RGB to the encoder's input: [0, 1], then CLIP's mean and standard deviation. float32."""
@@ -69,9 +78,14 @@ class Block(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         self.attention = Attention(config, rngs=rngs)
-        self.attention_norm = layers.LayerNorm(config.width, epsilon=config.layer_norm_epsilon)
+        self.attention_norm = self._norm(config)
         self.mlp = MLP(config, rngs=rngs)
-        self.mlp_norm = layers.LayerNorm(config.width, epsilon=config.layer_norm_epsilon)
+        self.mlp_norm = self._norm(config)
+
+    @staticmethod
+    def _norm(config: VisionConfig) -> layers.LayerNorm:
+        epsilon = config.layer_norm_epsilon
+        return layers.LayerNorm(config.width, epsilon=epsilon, initial_scale=POST_NORM_INIT_SCALE)
 
     def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
         x = x + self.attention_norm(self.attention(x))
@@ -88,7 +102,7 @@ class VisualEncoder(nnx.Module):
         self.patch_bias = nnx.Param(jnp.zeros(config.width))
         self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.width,)))
         position_shape = (1 + config.grid_size**2, config.width)
-        self.position_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), position_shape))
+        self.position_embedding = nnx.Param(POSITION_INIT_STD * jax.random.normal(rngs.params(), position_shape))
         self.blocks = Stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs)
 
     def __call__(self, images: Float[Array, "I S S 3"], *, remat: Remat = "none") -> Float[Array, "I P D"]:

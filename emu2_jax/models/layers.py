@@ -32,9 +32,9 @@ def _size(shape: tuple[int, ...]) -> int:
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, statistics in float32."""
 
-    def __init__(self, width: int, *, epsilon: float) -> None:
+    def __init__(self, width: int, *, epsilon: float, initial_scale: float = 1.0) -> None:
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(width))
+        self.scale = nnx.Param(jnp.full(width, initial_scale))
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
@@ -86,15 +86,18 @@ def attend(
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G K"],
     mask: Bool[Array, "B T S"] | None = None,
+    bias: Float[Array, "T S"] | None = None,
 ) -> Float[Array, "B T H K"]:
     """Scaled dot-product attention, softmax in float32; query head h reads key/value head h // (H / G).
 
-    `mask` is True where position t may see position s; None means everywhere. A query that may see nothing (padding)
+    `mask` is True where position t may see position s; None means everywhere. `bias` is added to the scores. A query that may see nothing (padding)
     gives a finite, meaningless value that no loss reads.
     """
     groups = k.shape[2]
     q = q.reshape(*q.shape[:2], groups, -1, q.shape[-1])
     scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

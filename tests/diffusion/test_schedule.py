@@ -43,6 +43,7 @@ def test_add_noise_and_targets() -> None:
     noisy = schedule.add_noise(clean, noise, alpha_bar)
     np.testing.assert_allclose(noisy.ravel(), [0.8 * 2 + 0.6 * 3, 2.0], rtol=1e-6)
     assert schedule.target(clean, noise, alpha_bar, "epsilon") is noise
+    assert schedule.target(clean, noise, alpha_bar, "sample") is clean
     velocity = schedule.target(clean, noise, alpha_bar, "v_prediction")
     np.testing.assert_allclose(velocity.ravel(), [0.8 * 3 - 0.6 * 2, 3.0], rtol=1e-6)
 
@@ -51,9 +52,10 @@ def test_min_snr_weight() -> None:
     alpha_bar = jnp.array([10 / 11, 0.5])  # snr 10 and 1
     np.testing.assert_allclose(schedule.min_snr_weight(alpha_bar, 5.0, "epsilon"), [0.5, 1.0], rtol=1e-5)
     np.testing.assert_allclose(schedule.min_snr_weight(alpha_bar, 5.0, "v_prediction"), [5 / 11, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(schedule.min_snr_weight(alpha_bar, 5.0, "sample"), [5.0, 1.0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_euler_with_a_perfect_network_arrives_at_the_image(prediction: schedule.Prediction) -> None:
     clean = jnp.linspace(-1, 1, 12).reshape(1, 2, 2, 3)
     noise = jnp.cos(jnp.arange(12.0)).reshape(1, 2, 2, 3)
