@@ -22,6 +22,10 @@ from emu2_jax.errors import CheckpointError
 from emu2_jax.sharding import path_of
 
 FOLDER = "checkpoints"
+
+# Orbax tells every save and every option it derives; what a user has to know is said below, and errors are raised.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
 _INCOMPLETE = ".incomplete"
 
 
@@ -36,7 +40,6 @@ class Checkpointer:
         self._say = say
         self._folder.mkdir(parents=True, exist_ok=True)
         self._remove_unfinished()
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax narrates every save at INFO
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep,
             enable_async_checkpointing=config.asynchronous,

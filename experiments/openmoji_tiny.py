@@ -138,8 +138,8 @@ def decoder() -> ExperimentConfig:
             clip_norm=1.0,
         ),
         train=TrainConfig(task="decoder", num_steps=1_000, init_from="runs/demo/stage1"),
-        # What differs from the paper's decoder, because this one learns in minutes and with few channels (docs/decoder.md
-        # has the measurements): it predicts the clean latent, and its cross-attention starts out local.
+        # What differs from the paper's decoder, because this one learns in minutes and with few channels: it predicts
+        # the clean latent, and its cross-attention starts out local. docs/decoder.md has the measurements.
         decoder=DecoderConfig(
             unet=UNetConfig(
                 in_channels=48,

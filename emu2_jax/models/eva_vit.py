@@ -20,8 +20,8 @@ from emu2_jax.models.stack import Remat, Stack
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-#: Of the initial position embedding. **open**: pretrained encoders bring theirs. Patches enter with a standard deviation
-#: of about 1, and the decoder sees the embeddings as a set: at the usual 0.02 it cannot tell where each belongs.
+#: Of the initial position embedding. **open**: pretrained encoders bring theirs. Patches enter with a standard
+#: deviation of about 1, and the decoder sees the embeddings as a set: at the usual 0.02 it cannot tell where each is.
 POSITION_INIT_STD = 0.5
 
 #: Of the norms' scales. **open**: a post-norm sublayer adds a vector of exactly this size per channel, so that at 1 the

@@ -90,8 +90,8 @@ def attend(
 ) -> Float[Array, "B T H K"]:
     """Scaled dot-product attention, softmax in float32; query head h reads key/value head h // (H / G).
 
-    `mask` is True where position t may see position s; None means everywhere. `bias` is added to the scores. A query that may see nothing (padding)
-    gives a finite, meaningless value that no loss reads.
+    `mask` is True where position t may see position s; None means everywhere. `bias` is added to the scores. A query
+    that may see nothing (padding) gives a finite, meaningless value that no loss reads.
     """
     groups = k.shape[2]
     q = q.reshape(*q.shape[:2], groups, -1, q.shape[-1])

@@ -11,7 +11,7 @@ from flax import nnx
 from tiny import random_parameters
 
 from emu2_jax.config import UNetConfig
-from emu2_jax.diffusion.unet import Block, UNet, check, down_widths, group_norm, up_widths
+from emu2_jax.diffusion.unet import Block, Transformer, UNet, check, down_widths, group_norm, locality_bias, up_widths
 from emu2_jax.errors import ConfigError
 
 TINY = UNetConfig(
@@ -164,3 +164,27 @@ def test_levels_that_do_not_fit(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         check(dataclasses.replace(TINY, **change))
     assert message in str(error.value)
+
+
+def test_locality_falls_off_with_distance_on_the_image() -> None:
+    """A 2 x 4 grid of latents over a 2 x 2 grid of embeddings: rows coincide, two columns share an embedding's."""
+    bias = np.asarray(locality_bias(2, 4, num_tokens=4, radius=0.5))
+    own, other = 0.25**2, 1.25**2  # squared distances of the first column to the two columns of embeddings, in cells
+    np.testing.assert_allclose(bias[0], [-2 * own, -2 * other, -2 * (own + 1), -2 * (other + 1)], rtol=1e-6)
+    np.testing.assert_array_equal(bias.argmax(1), [0, 0, 1, 1, 2, 2, 3, 3])
+
+
+def test_a_local_transformer_reads_the_embedding_of_its_own_place() -> None:
+    """Changing one embedding of a 2 x 2 grid changes its own quarter of a 4 x 4 latent; without locality, all alike."""
+    condition = jax.random.normal(jax.random.key(1), (1, 4, TINY.cross_attention_width))
+    changed = condition.at[0, 0].add(1.0)
+    changes = {}
+    for radius in (None, 0.25):
+        config = dataclasses.replace(TINY, transformer_layers_per_block=(0, 1), condition_radius=radius)
+        transformer = Transformer(config, 1, dtype=FLOAT32, rngs=nnx.Rngs(params=0))
+        transformer.proj_out.kernel[...] = jnp.eye(16)  # it starts at zero
+        x = jnp.zeros((1, 4, 4, 16))
+        difference = jnp.abs(transformer(x, changed) - transformer(x, condition)).sum((0, 3))
+        changes[radius] = np.asarray(difference)
+    np.testing.assert_allclose(changes[None], np.full((4, 4), changes[None][0, 0]), rtol=1e-3)
+    assert changes[0.25][:2, :2].min() > 20 * changes[0.25][2:, 2:].max()
