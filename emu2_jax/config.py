@@ -282,7 +282,7 @@ def _validate_data(config: ExperimentConfig) -> None:
         _require(names.count(name) == 1, f"data.sources.{name}", "is there twice; names must differ")
     for source in data.sources:
         path = f"data.sources.{source.name}"
-        _require(source.weight > 0, f"{path}.weight", "must be positive; leave the source out instead")
+        _require(source.weight >= 0, f"{path}.weight", "must not be negative; 0 leaves the source out")
         slots = data.image_slots if source.image_slots is None else source.image_slots
         rows = source.batch_rows
         _require(rows is None or rows >= 1, f"{path}.batch_rows", "must be at least 1")
