@@ -79,6 +79,7 @@ class Checkpointer:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
+            self._check_same_model(step, abstract_state)
             try:
                 restored = self._manager.restore(
                     step,
@@ -94,6 +95,20 @@ class Checkpointer:
         if steps:
             raise CheckpointError(f"{self._folder}: none of the checkpoints {steps} can be read; see the lines above")
         return None
+
+    def _check_same_model(self, step: int, abstract_state: Any) -> None:
+        """Raise `CheckpointError` when the checkpoint is whole but of another model: nothing is wrong with it."""
+        try:
+            saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(self._folder / f"{step:08d}" / "state").tree)
+        except (ValueError, OSError, KeyError, TypeError):
+            return  # damaged; reading it will say how
+        wanted = _shapes(abstract_state)
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise CheckpointError(
+                    f"{self._folder}: checkpoint {step} is of another model: {name} is {saved.get(name, 'not in it')} "
+                    f"there, {wanted.get(name, 'not wanted')} here; take another work directory"
+                )
 
     def _set_aside(self, step: int) -> Path:
         source = self._folder / f"{step:08d}"
@@ -153,7 +168,7 @@ def load_parts(workdir: Path, abstract_params: Mapping[str, Any], fit: Fit) -> d
     """
     with _open_latest(workdir) as (manager, step):
         saved = manager.item_metadata(step)["state"].tree["params"]
-        shapes = {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+        shapes = _shapes({"params": saved})
 
         def as_saved(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             name = path_of(path)
@@ -181,6 +196,12 @@ def load_parts(workdir: Path, abstract_params: Mapping[str, Any], fit: Fit) -> d
         return jax.device_put(value, leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(fitted, loaded, dict(abstract_params))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a state, by path; optimiser states are left to their parameters."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree["params"])
+    return {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _first_line(error: Exception) -> str:

@@ -120,7 +120,7 @@ class OptimizerConfig:
     language_model_learning_rate: float | None = None  #: paper stage 1: 3e-5
     frozen: tuple[Part, ...] = ()  #: parts that do not train: no gradients, no moments
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  #: decay after the warm-up
-    warmup_ratio: float = 0.0  #: share of train.num_steps; the learning rate rises linearly from 0
+    warmup_ratio: float = 0.0  #: share of train.num_steps; the learning rate rises linearly to its peak
     warmup_steps: int | None = None  #: overrides warmup_ratio
     final_learning_rate_ratio: float = 0.0  #: end of the decay, relative to the peak
     beta1: float = 0.9
@@ -192,6 +192,8 @@ class DecoderConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"  #: what the U-Net gives; paper: the noise
+    zero_terminal_snr: bool = False  #: rescale the schedule so that the last timestep is noise alone (paper: no)
+    timestep_spacing: Literal["leading", "trailing"] = "leading"  #: where sampling starts: short of the end, or at it
     noise_offset: float = 0.1  #: std of a shift of the noise shared by all positions of a channel
     min_snr_gamma: float | None = None  #: min-SNR loss weighting; None = off (paper)
     condition_dropout: float = 0.1  #: share of samples trained on the null condition
@@ -252,6 +254,11 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _require(language.num_heads % language.num_kv_heads == 0, "model.language.num_kv_heads", "must divide num_heads")
     _require_positive(config.train, "train", "num_steps", "log_every_steps")
     _require_positive(config.checkpoint, "checkpoint", "every_steps")
+    _require(config.checkpoint.keep is None or config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")
+    _require(config.evaluation.num_samples >= 2, "evaluation.num_samples", "must be at least 2")
+    _require_positive(config.evaluation, "evaluation", "num_pictures", "max_text_tokens")
+    block = config.objective.vocab_block_positions
+    _require(block is None or block >= 1, "objective.vocab_block_positions", "must be at least 1; None = all at once")
     _validate_optimizer(config)
     _validate_data(config)
     if config.train.task == "decoder":
@@ -273,6 +280,17 @@ def _validate_optimizer(config: ExperimentConfig) -> None:
     parts: tuple[str, ...] = ("visual_encoder", "unet") if decoder else ("visual_encoder", "project_up", "project_down")
     parts = parts if decoder else (*parts, "language_model")
     _require(bool(set(parts) - set(optimizer.frozen)), "optimizer.frozen", "leaves nothing to train")
+    _require(set(optimizer.frozen) <= set(parts), "optimizer.frozen", f"names a part that is not of {', '.join(parts)}")
+    _require(
+        not decoder or "visual_encoder" in optimizer.frozen,
+        "optimizer.frozen",
+        "must hold visual_encoder: the decoder trains on frozen embeddings",
+    )
+    _require(
+        decoder or bool(config.objective.regression_loss_weight) or "project_down" in optimizer.frozen,
+        "optimizer.frozen",
+        "must hold project_down: with objective.regression_loss_weight = 0 nothing trains it",
+    )
 
 
 def _validate_data(config: ExperimentConfig) -> None:
@@ -303,7 +321,9 @@ def _validate_data(config: ExperimentConfig) -> None:
     )
     _require_positive(data, "data", "global_batch_rows", "packing_pool")
     _require(0 <= data.image_first_probability <= 1, "data.image_first_probability", "must lie in [0, 1]")
-    _require(0 < data.max_bad_share <= 1, "data.max_bad_share", "must lie in (0, 1]")
+    _require(0 <= data.max_bad_share <= 1, "data.max_bad_share", "must lie in [0, 1]")
+    _require(data.read_threads >= 0, "data.read_threads", "must not be negative")
+    _require(data.prefetch_batches >= 0, "data.prefetch_batches", "must not be negative")
 
 
 def _validate_decoder(config: ExperimentConfig) -> None:
@@ -312,6 +332,8 @@ def _validate_decoder(config: ExperimentConfig) -> None:
     for field_name in ("transformer_layers_per_block", "num_attention_heads"):
         path = f"decoder.unet.{field_name}"
         _require(len(getattr(unet, field_name)) == levels, path, f"needs {levels} entries, one per level of the U-Net")
+    _require_positive(decoder, "decoder", "latent_factor", "num_sampling_steps", "num_train_timesteps", "batch_images")
+    _require(0 <= decoder.condition_dropout <= 1, "decoder.condition_dropout", "must lie in [0, 1]")
     multiple = decoder.latent_factor * 2 ** (levels - 1)
     _require(decoder.image_size % multiple == 0, "decoder.image_size", f"must be a multiple of {multiple}")
     _require(

@@ -163,7 +163,7 @@ COMPARISONS = (
         "How close autoencoded images come to their originals. Always drawing the mean image is the baseline.",
         {
             "decoder_psnr_db": "held-out scenes",
-            "decoder_psnr_unseen_db": "unseen objects",
+            "decoder_psnr_db_unseen": "unseen objects",
             "decoder_psnr_mean_db": "the mean image",
         },
     ),

@@ -61,7 +61,7 @@ class Diverged(UserError):
 
 
 class Stopped(Exception):
-    """SIGTERM arrived; the state is saved."""
+    """SIGTERM or Ctrl-C arrived; the state is saved."""
 
 
 def make_step(
@@ -187,6 +187,7 @@ def _fit(path: str, saved: Array, shape: tuple[int, ...]) -> Array | None:
 def train(
     config: ExperimentConfig,
     task: Task,
+    program: Program,
     data: Input,
     workdir: Path,
     *,
@@ -195,9 +196,9 @@ def train(
 ) -> Params:
     """Train to `train.num_steps`, from the newest checkpoint of `workdir` if there is one. Returns the parameters.
 
-    Raises `Diverged` when a loss is not finite, and `Stopped` after SIGTERM, with the state saved.
+    `program` is what `build_program` made of task and config. Raises `Diverged` when a loss is not finite, and
+    `Stopped` after SIGTERM or Ctrl-C, with the state saved.
     """
-    program = build_program(task, config)
     checkpointer = Checkpointer(workdir, config.checkpoint, say)
     try:
         with StopSignal() as stop:
@@ -246,7 +247,7 @@ def _train(
                 saved = step
             if stop.requested and step < num_steps:
                 checkpointer.wait()
-                raise Stopped(f"stopped by SIGTERM after step {saved}; the same command goes on from there")
+                raise Stopped(f"stopped by a signal after step {saved}; the same command goes on from there")
     checkpointer.wait()
     return state["params"]
 
@@ -334,19 +335,22 @@ class Monitor:
 
 
 class StopSignal:
-    """Notes SIGTERM instead of dying, so that the loop can save first."""
+    """Notes SIGTERM, or Ctrl-C, instead of dying, so that the loop can save first. A second Ctrl-C kills."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> StopSignal:
-        self._previous = signal.signal(signal.SIGTERM, self._note)
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

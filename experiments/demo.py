@@ -93,7 +93,6 @@ class _Progress:
 
     def __init__(self, path: Path, *, minimal: bool) -> None:
         self._path = path
-        self._began = time.perf_counter()
         if path.exists():
             self._notes = json.loads(path.read_text(encoding="utf-8"))
             if self._notes["minimal"] != minimal:

@@ -26,7 +26,7 @@ def describe(config: ExperimentConfig, provenance: overrides.Provenance) -> str:
     batch = example_shapes(config)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     lines = [f"recipe {config.name}, task {config.train.task}, {config.train.num_steps:,} steps", ""]
-    lines += [overrides.format_diff(config, provenance) or "no setting differs from the recipe", ""]
+    lines += [overrides.format_diff(config, provenance), ""]
     lines += _parts_table(config, shapes)
     lines += ["", "largest batch (global)"]
     lines += [f"  {name:<14} {dims!s:<26} {dtype}" for name, (dims, dtype) in batch.items()]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from data_pipelines.pipeline import read_pairs
 from emu2_jax.config import ExperimentConfig
@@ -41,14 +42,20 @@ def evaluate_run(run: Path) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, float] = {}
     shown = _Shown(folder)
+    progress = tqdm(total=4, desc="evaluate", unit="part")
     for split in ("scenes", "unseen"):
         pairs = _pairs(config, split)
+        progress.set_postfix_str(f"{split}: captions and embeddings of {len(pairs)} pairs")
         read = heldout.read(config, params, tokenizer, pairs)
         to_draw = read.drawn_embeddings[: config.evaluation.num_pictures]
+        progress.update()
+        progress.set_postfix_str(f"{split}: images of {len(pairs)} pairs")
         drawing = heldout.draw(decoder_config, decoder_params, pairs, to_draw, null)
         suffix = "" if split == "scenes" else f"_{split}"
         numbers |= {f"{name}{suffix}": value for name, value in _numbers(read, drawing, pairs).items()}
         shown.add(split, config, pairs, read, drawing)
+        progress.update()
+    progress.close()
     shown.write()
     (folder / "heldout.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return numbers

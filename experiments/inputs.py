@@ -30,8 +30,14 @@ class TrainingInput:
         """Batches with what is logged of them."""
         for batch in self._pipeline.iterate(start_step):
             info = _packed_info(batch) if isinstance(batch, PackedBatch) else _image_info(batch)
-            info["bad_samples"] = self._pipeline.counts.bad.total()
+            bad = self._pipeline.counts.bad
+            info |= {"bad_samples": bad.total(), **{f"bad_samples/{cause}": n for cause, n in sorted(bad.items())}}
             yield HostBatch(batch.fields, info)
+
+    @property
+    def summary(self) -> Mapping[str, Mapping[str, int]]:
+        """For each source: shards, samples, and how many samples the index left out, by cause."""
+        return self._pipeline.summary
 
     def state(self) -> Mapping[str, Any]:
         """Samples seen and bad ones by cause. The position itself is the step number."""

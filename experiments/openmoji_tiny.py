@@ -73,7 +73,9 @@ MODEL = ModelConfig(
 PAIRS = SourceConfig(name="pairs", kind="image_text", shards=f"{DATA}/train/pairs-*.tar")
 INTERLEAVED = SourceConfig(name="interleaved", kind="interleaved", shards=f"{DATA}/train/interleaved-*.tar")
 TEXT = SourceConfig(name="text", kind="text", shards=f"{DATA}/train/text-*.tar")
-EVALUATION = EvaluationConfig(scenes=f"{DATA}/heldout/scenes-*.tar", unseen=f"{DATA}/heldout/unseen-*.tar")
+EVALUATION = EvaluationConfig(
+    scenes=f"{DATA}/heldout/scenes-*.tar", unseen=f"{DATA}/heldout/unseen-*.tar", num_samples=128
+)
 
 
 def stage1() -> ExperimentConfig:
@@ -137,7 +139,7 @@ def decoder() -> ExperimentConfig:
             weight_decay=0.01,
             clip_norm=1.0,
         ),
-        train=TrainConfig(task="decoder", num_steps=1_000, init_from="runs/demo/stage1"),
+        train=TrainConfig(task="decoder", num_steps=1_400, init_from="runs/demo/stage1"),
         # What differs from the paper's decoder, because this one learns in minutes and with few channels: it predicts
         # the clean latent, and its cross-attention starts out local. docs/decoder.md has the measurements.
         decoder=DecoderConfig(
@@ -157,8 +159,10 @@ def decoder() -> ExperimentConfig:
             latent_factor=4,
             latent_scale=1.8,  # brings the pixels of the corpus to unit variance
             prediction="sample",
+            zero_terminal_snr=True,
+            timestep_spacing="trailing",
             image_size=IMAGE_SIZE,
-            num_sampling_steps=20,
+            num_sampling_steps=10,
             guidance_scale=1.5,
             batch_images=8,
             random_scale_max=1.0,

@@ -14,7 +14,7 @@ from emu2_jax.config import ExperimentConfig, validate
 from emu2_jax.errors import CheckpointError
 from emu2_jax.metrics import JSONL
 from emu2_jax.task import Params
-from emu2_jax.train import train
+from emu2_jax.train import build_program, train
 from experiments import recipes
 from experiments.inputs import batch_rows, make_task, open_input, open_tokenizer
 
@@ -49,10 +49,21 @@ def run_training(
     data = open_input(config, tokenizer)
     if config.train.init_from is not None and not (workdir / FOLDER).exists():
         saved_parts(Path(config.train.init_from))  # raises when that stage was never trained
+    task = make_task(config, tokenizer)
+    program = build_program(task, config)
+    for source, counts in data.summary.items():
+        print(f"{source}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
     text = overrides.dump(config, provenance)
-    workdir.mkdir(parents=True, exist_ok=True)
+    _make_directory(workdir)
     _write_atomically(saved, text)
-    train(config, make_task(config, tokenizer), data, workdir, operative_config=text, say=print)
+    train(config, task, program, data, workdir, operative_config=text, say=print)
+
+
+def _make_directory(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{workdir}: cannot be made a work directory: {error.strerror}") from error
 
 
 def _write_atomically(path: Path, text: str) -> None:
@@ -74,9 +85,10 @@ def load_params(workdir: Path, config: ExperimentConfig) -> Params:
     """The newest parameters of `workdir`, float32, on the first device."""
     shapes = jax.eval_shape(make_task(config, None).init, jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    saved = saved_parts(workdir)
     wanted = {
         part: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), tree)
         for part, tree in shapes.items()
-        if part in saved_parts(workdir)
+        if part in saved
     }
     return load_parts(workdir, wanted, fit=lambda path, saved, shape: None)

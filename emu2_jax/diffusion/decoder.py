@@ -167,7 +167,12 @@ def _build_unet(config: DecoderConfig, compute_dtype: str, rngs: nnx.Rngs) -> UN
 
 def alpha_bars(config: DecoderConfig) -> np.ndarray:
     """Share of signal power left at each training timestep."""
-    return schedule.alpha_bars(config.num_train_timesteps, config.beta_start, config.beta_end)
+    return schedule.alpha_bars(
+        config.num_train_timesteps,
+        config.beta_start,
+        config.beta_end,
+        zero_terminal_snr=config.zero_terminal_snr,
+    )
 
 
 def draw_noise(key: PRNGKeyArray, shape: tuple[int, ...], offset: float) -> Float[Array, "B H W C"]:
@@ -242,7 +247,7 @@ def _sample(
 ) -> Float[Array, "B S S 3"]:
     codec = open_codec(config)
     unet = merge_unet(config, unet_params, compute_dtype)
-    steps = schedule.euler_steps(alpha_bars(config), num_steps)
+    steps = schedule.euler_steps(alpha_bars(config), num_steps, config.timestep_spacing)
     condition = jnp.concatenate([embeddings, null]) if guided else embeddings
     time_ids = whole_image_time_ids(len(condition), config.image_size)
 

@@ -23,14 +23,29 @@ Prediction = Literal["epsilon", "v_prediction", "sample"]
 #: Added to the timesteps of "leading" spacing. Source: release `scheduler/scheduler_config.json`, `steps_offset`.
 STEPS_OFFSET = 1
 
+#: Signal power at the end of a schedule with zero terminal SNR; not 0, so that sigma stays finite (diffusers: 2^-24).
+SMALLEST_SHARE = 2.0**-24
 
-def alpha_bars(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+
+def alpha_bars(
+    num_timesteps: int, beta_start: float, beta_end: float, *, zero_terminal_snr: bool = False
+) -> np.ndarray:
     """Share of signal power left at each timestep, (T,) float64; betas are linear in their square root.
 
-    Source: latent diffusion (arXiv 2112.10752), the schedule named "scaled_linear".
+    SDXL's schedule ends with 0.5 % of signal power: enough for a network to read the overall colours off the noise,
+    where sampling then starts from noise that holds none. With `zero_terminal_snr` the signal's amplitude is shifted
+    and stretched so that it ends at (almost) nothing and starts where it did.
+    Source: latent diffusion (arXiv 2112.10752), the schedule named "scaled_linear"; arXiv 2305.08891, algorithm 1.
     """
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=np.float64) ** 2
-    return np.cumprod(1.0 - betas)
+    shares = np.cumprod(1.0 - betas)
+    if not zero_terminal_snr:
+        return shares
+    amplitude = np.sqrt(shares)
+    first, last = amplitude[0], amplitude[-1]
+    rescaled = ((amplitude - last) * first / (first - last)) ** 2
+    rescaled[-1] = SMALLEST_SHARE
+    return rescaled
 
 
 def signal_to_noise(alpha_bar: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
@@ -72,6 +87,9 @@ def min_snr_weight(alpha_bar: Float[Array, " B"], gamma: float, prediction: Pred
     return jnp.minimum(snr, gamma) / (snr if prediction == "epsilon" else snr + 1.0)
 
 
+Spacing = Literal["leading", "trailing"]
+
+
 @dataclass(frozen=True)
 class EulerSteps:
     """Where the solver stops on its way from noise to image."""
@@ -85,10 +103,11 @@ class EulerSteps:
         return float(np.sqrt(np.float64(self.sigmas[0]) ** 2 + 1.0))
 
 
-def euler_steps(alpha_bar: np.ndarray, num_steps: int) -> EulerSteps:
-    """Timesteps with "leading" spacing, T // K apart, and their sigmas.
+def euler_steps(alpha_bar: np.ndarray, num_steps: int, spacing: Spacing = "leading") -> EulerSteps:
+    """Timesteps and their sigmas, T / K apart.
 
-    T = 10, K = 3 gives the timesteps 7, 4, 1. Raises ConfigError when there are more steps than timesteps.
+    T = 10, K = 3: "leading" gives the timesteps 7, 4, 1, short of the end; "trailing" 9, 6, 2, from the end. Raises
+    ConfigError when there are more steps than timesteps.
     """
     num_timesteps = len(alpha_bar)
     if not 1 <= num_steps <= num_timesteps - STEPS_OFFSET:
@@ -96,7 +115,10 @@ def euler_steps(alpha_bar: np.ndarray, num_steps: int) -> EulerSteps:
             f"decoder.num_sampling_steps: got {num_steps}, wanted 1 to {num_timesteps - STEPS_OFFSET} "
             f"(decoder.num_train_timesteps is {num_timesteps})"
         )
-    timesteps = (np.arange(num_steps) * (num_timesteps // num_steps))[::-1] + STEPS_OFFSET
+    if spacing == "leading":
+        timesteps = (np.arange(num_steps) * (num_timesteps // num_steps))[::-1] + STEPS_OFFSET
+    else:
+        timesteps = np.round(num_timesteps - np.arange(num_steps) * (num_timesteps / num_steps)).astype(int) - 1
     sigmas = np.sqrt((1.0 - alpha_bar) / alpha_bar)[timesteps]
     return EulerSteps(timesteps.astype(np.int32), np.append(sigmas, 0.0).astype(np.float32))
 

@@ -55,6 +55,22 @@ def test_min_snr_weight() -> None:
     np.testing.assert_allclose(schedule.min_snr_weight(alpha_bar, 5.0, "sample"), [5.0, 1.0], rtol=1e-5)
 
 
+def test_zero_terminal_snr_keeps_the_first_share_and_ends_at_nothing() -> None:
+    shares = schedule.alpha_bars(1000, 0.00085, 0.012, zero_terminal_snr=True)
+    assert shares[0] == pytest.approx(SDXL[0], rel=1e-12)
+    assert shares[-1] == 2.0**-24
+    assert (np.diff(shares) < 0).all()
+    # Two steps by hand: amplitudes 1 and 0.5 become 1 x (1 - 0.5) / (1 - 0.5) and nothing.
+    two = schedule.alpha_bars(2, 0.0, 0.75, zero_terminal_snr=True)
+    np.testing.assert_allclose(two, [1.0, 2.0**-24], rtol=1e-12)
+
+
+def test_trailing_spacing_starts_at_the_last_timestep() -> None:
+    assert schedule.euler_steps(SDXL[:10], 3, "trailing").timesteps.tolist() == [9, 6, 2]
+    assert schedule.euler_steps(SDXL, 1, "trailing").timesteps.tolist() == [999]
+    assert schedule.euler_steps(SDXL, 4, "trailing").timesteps.tolist() == [999, 749, 499, 249]
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_euler_with_a_perfect_network_arrives_at_the_image(prediction: schedule.Prediction) -> None:
     clean = jnp.linspace(-1, 1, 12).reshape(1, 2, 2, 3)
