@@ -48,6 +48,7 @@ def train(workdir: Path, gin_file: Path, *flags: str) -> list[str | Path]:
         ("--gin.model.num_visual_tokens=15", "model.num_visual_tokens"),
         ("--steps=3", "--steps"),
         ("--gin.mesh.tensor=3", "mesh"),
+        ("--gin.optimizer.frozen=()", "optimizer.frozen"),
         ("--gin.model.language.vocab_size=999", "model.language.vocab_size"),
         ("--gin.optimizer.accumulation_steps=3", "data.global_batch_rows"),
     ],
@@ -56,7 +57,7 @@ def test_bad_settings(
     flag: str, expected: str, gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in command.fail(train(tmp_path / "run", gin_file, *flag.split()), capsys)
-    assert not (tmp_path / "run" / FOLDER).exists()
+    assert not (tmp_path / "run").exists(), "a refused start leaves nothing that the corrected command would trip over"
 
 
 def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,9 +196,9 @@ def test_stage_without_checkpoint(gin_file: Path, tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_dry_runs(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["train", recipe, "--dry_run", "--gin.train.num_steps=7"])
+    cli.main(["train", recipe, "--dry_run", "--gin.checkpoint.every_steps=7"])
     output = capsys.readouterr().out
-    assert "train.num_steps" in output and "--gin flag" in output
+    assert "checkpoint.every_steps" in output and "--gin flag" in output
     assert "parameters" in output and "frozen" in output and "model FLOPs per step" in output
 
 
