@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path, help="run directory: holds stage2/ and decoder/, gets evaluation/")
 
     generate = add("generate", _generate, "continue a prompt of texts and images")
-    generate.add_argument("run", type=Path, help="run directory: holds stage2/ and decoder/")
+    generate.add_argument("run", type=Path, help="run directory: holds stage2/ and, for --image, decoder/")
     generate.add_argument(
         "--prompt", nargs="+", required=True, metavar="LINK", help="texts and image files, in their order"
     )

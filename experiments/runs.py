@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import jax
 from emu2_jax import overrides, sharding
 from emu2_jax.checkpoint import FOLDER, load_parts, saved_parts
 from emu2_jax.config import ExperimentConfig, validate
-from emu2_jax.errors import CheckpointError
+from emu2_jax.errors import CheckpointError, ConfigError
 from emu2_jax.metrics import JSONL
 from emu2_jax.task import Params
 from emu2_jax.train import build_program, train
@@ -19,6 +21,7 @@ from experiments import recipes
 from experiments.inputs import batch_rows, make_task, open_input, open_tokenizer
 
 CONFIG = "config.gin"
+LOCK = "train.lock"
 
 
 def resolve(
@@ -26,6 +29,8 @@ def resolve(
 ) -> tuple[ExperimentConfig, overrides.Provenance]:
     """The recipe with its overrides applied and checked. Raises `ConfigError`."""
     config, provenance = overrides.apply(recipes.get(recipe), overrides.read_sources(gin_files, gin_flags))
+    if config.name != recipe:
+        raise ConfigError(f"name: is the recipe's, {recipe}, and cannot be overridden; a run is named by its --workdir")
     return validate(config), provenance
 
 
@@ -54,16 +59,25 @@ def run_training(
     for source, counts in data.summary.items():
         print(f"{source}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
     text = overrides.dump(config, provenance)
-    _make_directory(workdir)
-    _write_atomically(saved, text)
-    train(config, task, program, data, workdir, operative_config=text, say=print)
+    with _alone_in(workdir):
+        _write_atomically(saved, text)
+        train(config, task, program, data, workdir, operative_config=text, say=print)
 
 
-def _make_directory(workdir: Path) -> None:
+@contextlib.contextmanager
+def _alone_in(workdir: Path) -> Iterator[None]:
+    """Make `workdir` and keep other trainers out of it; two writers would destroy each other's checkpoints."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / LOCK).open("w", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{workdir}: cannot be made a work directory: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends, however
+        except OSError as error:
+            raise CheckpointError(f"{workdir}: another process is training here; wait for it or stop it") from error
+        yield
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -26,8 +26,10 @@ def generate(run: Path, prompt: Sequence[str], *, image_file: Path | None, max_t
     """Continue the prompt with text (printed), or with an image (written to `image_file`)."""
     config = load_config(run / MODEL_STAGE)
     links = [_link(link, config.model.vision.image_size) for link in prompt]
-    if image_file is not None and image_file.exists():
-        raise UserError(f"{image_file}: exists already; give another name")
+    if max_tokens < 1:
+        raise UserError(f"--max_tokens: got {max_tokens}, wanted at least 1")
+    if image_file is not None:
+        _check_new_picture(image_file)
     params = load_params(run / MODEL_STAGE, config)
     generator = Generator(config.model, params, open_tokenizer(config))
     if image_file is None:
@@ -42,14 +44,23 @@ def generate(run: Path, prompt: Sequence[str], *, image_file: Path | None, max_t
 
 def reconstruct(run: Path, images: Sequence[Path], out: Path) -> None:
     """Write one picture: the images above, what the decoder makes of their embeddings below."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; give another name")
+    _check_new_picture(out)
     config = load_config(run / DECODER_STAGE)
     originals = np.stack([_read_image(path, config.decoder.image_size) for path in images])
     params = load_params(run / DECODER_STAGE, config)
     redrawn = np.asarray(decoder_lib.autoencode(config, params, jnp.asarray(originals), jax.random.key(0)))
     rows = [np.concatenate(list(row), axis=1) for row in (originals / 255.0, redrawn)]
     _save(np.concatenate(rows, axis=0), out)
+
+
+def _check_new_picture(path: Path) -> None:
+    """Raise `UserError` unless a picture can be written at `path` without overwriting anything."""
+    if path.exists():
+        raise UserError(f"{path}: exists already; give another name")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise UserError(f"{path}: wanted a name that ends in one of {', '.join(sorted(IMAGE_SUFFIXES))}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: is no directory to write a picture into")
 
 
 def _link(text: str, image_size: int) -> Link:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from emu2_jax.checkpoint import FOLDER
 from emu2_jax.metrics import JSONL
 from experiments import cli
 from experiments.recipes import RECIPES
-from experiments.runs import CONFIG
+from experiments.runs import CONFIG, LOCK
 
 STAGE1 = "openmoji_tiny_stage1"
 
@@ -130,7 +131,10 @@ def test_few_corrupt_images_are_counted_and_skipped(corpus: Path, tmp_path: Path
     cli.main([str(argument) for argument in train(tmp_path / "run", gin_file, *flags)])
     last = json.loads((tmp_path / "run" / JSONL).read_text(encoding="utf-8").splitlines()[-1])
     assert last["step"] == 24
-    assert last["bad_samples"] == 2 * (last["epoch"] + 1) or last["bad_samples"] in (2, 3)
+    seen = sum(json.loads(line)["images"] for line in (tmp_path / "run" / JSONL).read_text().splitlines())
+    assert 200 <= seen + last["bad_samples"] < 400, "the first of two epochs, whole: each bad sample was met"
+    assert last["bad_samples"] == last["bad_samples/damaged_image"]
+    assert 2 <= last["bad_samples"] <= 4
 
 
 def test_many_corrupt_images_stop_the_run(
@@ -187,6 +191,34 @@ def test_diverged_run_names_step_term_and_checkpoint(
     assert stop.value.code == cli.EXIT_BAD_INPUT
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "loss/text" in line and "not finite" in line and "last good checkpoint is step" in line
+
+
+def test_two_trainers_in_one_directory(
+    trained: Path, gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    with (workdir / LOCK).open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        flags = ("--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2")
+        assert "another process is training here" in command.fail(train(workdir, gin_file, *flags), capsys)
+
+
+def test_a_changed_model_leaves_the_checkpoints_where_they_are(
+    trained: Path, gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    before = sorted(path.name for path in (workdir / FOLDER).iterdir())
+    wider = tmp_path / "wider.gin"
+    text = gin_file.read_text(encoding="utf-8").replace("language.mlp_width = 48", "language.mlp_width = 64")
+    wider.write_text(text, encoding="utf-8")
+    flags = ("--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2", "--allow_config_change=model")
+    line = command.fail(train(workdir, wider, *flags), capsys)
+    assert "of another model" in line and "mlp" in line
+    assert sorted(path.name for path in (workdir / FOLDER).iterdir()) == before
+
+
+def test_the_name_of_a_recipe_stays(gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot be overridden" in command.fail(train(tmp_path / "run", gin_file, "--gin.name=mine"), capsys)
 
 
 def test_stage_without_checkpoint(gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
