@@ -176,7 +176,6 @@ class UNetConfig:
     norm_groups: int = 32
     norm_epsilon: float = 1e-5  #: GroupNorm of the residual blocks (release: 1e-5)
     transformer_norm_epsilon: float = 1e-6  #: GroupNorm at a transformer's input (release: 1e-6)
-    grid_positions: bool = False  #: tell a transformer's positions where on the image they are (SDXL: no)
     condition_radius: float | None = None  #: cells; cross-attention falls off with distance on the image; None = SDXL
 
 

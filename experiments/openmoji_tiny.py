@@ -153,7 +153,6 @@ def decoder() -> ExperimentConfig:
                 cross_attention_width=MODEL.vision.width,
                 time_id_width=32,
                 norm_groups=16,
-                grid_positions=True,
                 condition_radius=0.5,
             ),
             latent="space_to_depth",

@@ -35,9 +35,6 @@ TIME_WIDTH_RATIO = 4
 MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-5  # Source: PyTorch's default, which diffusers keeps
 
-#: Radians over which the fastest sinusoid of a grid position runs along one side of the image.
-FRAME_SIZE = 16.0
-
 
 def check(config: UNetConfig) -> None:
     """Raise ConfigError when levels, heads and groups do not fit together."""
@@ -145,7 +142,6 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: UNetConfig, level: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         width, heads = config.block_out_channels[level], config.num_attention_heads[level]
-        self.grid_positions = config.grid_positions
         self.condition_radius = config.condition_radius
         self.norm = group_norm(config, width, config.transformer_norm_epsilon, dtype, rngs)
         self.proj_in = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
@@ -160,8 +156,6 @@ class Transformer(nnx.Module):
         self, x: Float[Array, "B H W C"], condition: Float[Array, "B N D"], *, remat: Remat = "none"
     ) -> Float[Array, "B H W C"]:
         inner = self.proj_in(self.norm(x).reshape(x.shape[0], -1, x.shape[-1]))
-        if self.grid_positions:
-            inner = inner + grid_sinusoids(x.shape[1], x.shape[2], inner.shape[-1]).astype(inner.dtype)
         bias = None
         if self.condition_radius is not None:
             bias = locality_bias(x.shape[1], x.shape[2], condition.shape[1], self.condition_radius)
@@ -169,17 +163,6 @@ class Transformer(nnx.Module):
             lambda layer, carry, _: (layer(carry, condition, bias), None), inner, remat=remat
         )
         return x + self.proj_out(inner).reshape(x.shape)
-
-
-def grid_sinusoids(rows: int, columns: int, width: int) -> Float[Array, "P W"]:
-    """Where each cell of a grid lies on the image, in reading order: half the channels for its row, half its column.
-
-    An embedding stands for several latent positions. Without this they all read the same and know their place inside
-    it from padding alone, so that a network trained for minutes draws one colour for each embedding.
-    """
-    row = sinusoids(FRAME_SIZE * (jnp.arange(rows) + 0.5) / rows, width // 2)
-    column = sinusoids(FRAME_SIZE * (jnp.arange(columns) + 0.5) / columns, width // 2)
-    return jnp.concatenate([jnp.repeat(row, columns, axis=0), jnp.tile(column, (rows, 1))], axis=-1)
 
 
 def locality_bias(rows: int, columns: int, num_tokens: int, radius: float) -> Float[Array, "P N"]:

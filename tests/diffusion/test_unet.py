@@ -17,7 +17,6 @@ from emu2_jax.diffusion.unet import (
     UNet,
     check,
     down_widths,
-    grid_sinusoids,
     group_norm,
     locality_bias,
     up_widths,
@@ -198,13 +197,3 @@ def test_a_local_transformer_reads_the_embedding_of_its_own_place() -> None:
         changes[radius] = np.asarray(difference)
     np.testing.assert_allclose(changes[None], np.full((4, 4), changes[None][0, 0]), rtol=1e-3)
     assert changes[0.25][:2, :2].min() > 20 * changes[0.25][2:, 2:].max()
-
-
-def test_every_place_of_a_grid_has_its_own_sinusoids() -> None:
-    """Rows change the first half of the channels only, columns the second; no two cells are alike."""
-    cells = np.asarray(grid_sinusoids(4, 8, 16)).reshape(4, 8, 16)
-    np.testing.assert_array_equal(cells[:, 0, :8], cells[:, 5, :8])
-    np.testing.assert_array_equal(cells[0, :, 8:], cells[3, :, 8:])
-    flat = cells.reshape(32, 16)
-    distance = np.linalg.norm(flat[:, None] - flat[None], axis=-1) + 10 * np.eye(32)
-    assert distance.min() > 0.5
