@@ -1,4 +1,4 @@
-# make demo    the main job: data, training, evaluation, report (about 12 minutes on 2 cores after installation)
+# make demo    the main job: data, training, evaluation, report (about 14 minutes on 2 cores after installation)
 # make test    all checks and tests
 # make setup   the environment alone, in .venv
 #
