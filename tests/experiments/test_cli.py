@@ -127,10 +127,10 @@ def spoil_images(shard: Path, count: int) -> None:
 def test_few_corrupt_images_are_counted_and_skipped(corpus: Path, tmp_path: Path, gin_file: Path) -> None:
     shards = damaged_pairs(corpus, tmp_path / "shards")
     spoil_images(shards / "pairs-000000.tar", 2)
-    flags = ("--gin.train.num_steps=24", "--gin.data.max_bad_share=0.1", with_shards(shards / "pairs-*.tar"))
+    flags = ("--gin.train.num_steps=40", "--gin.data.max_bad_share=0.1", with_shards(shards / "pairs-*.tar"))
     cli.main([str(argument) for argument in train(tmp_path / "run", gin_file, *flags)])
     last = json.loads((tmp_path / "run" / JSONL).read_text(encoding="utf-8").splitlines()[-1])
-    assert last["step"] == 24
+    assert last["step"] == 40
     seen = sum(json.loads(line)["images"] for line in (tmp_path / "run" / JSONL).read_text().splitlines())
     assert 200 <= seen + last["bad_samples"] < 400, "the first of two epochs, whole: each bad sample was met"
     assert last["bad_samples"] == last["bad_samples/damaged_image"]
