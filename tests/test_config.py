@@ -48,7 +48,7 @@ def test_a_good_config_comes_back_unchanged(tiny_config: ExperimentConfig) -> No
         ("train.log_every_steps", {"train.log_every_steps": 0}),
         ("checkpoint.every_steps", {"checkpoint.every_steps": 0}),
         ("data.sources.pairs", {"data.sources": (source(), source())}),
-        ("data.sources.pairs.weight", {"data.sources": (source(weight=0.0),)}),
+        ("data.sources.pairs.weight", {"data.sources": (source(weight=-1.0),)}),
         ("data.sources.pairs.image_slots", {"data.sources": (source(),), "data.image_slots": 0}),
         (
             "data.sources.pairs.image_slots",
@@ -59,7 +59,7 @@ def test_a_good_config_comes_back_unchanged(tiny_config: ExperimentConfig) -> No
         ("data.row_length", {"data.row_length": 7}),  # <s> [IMG] v v v v [/IMG] </s> is 8
         ("data.global_batch_rows", {"data.global_batch_rows": 0}),
         ("data.image_first_probability", {"data.image_first_probability": 1.5}),
-        ("data.max_bad_share", {"data.max_bad_share": 0.0}),
+        ("data.max_bad_share", {"data.max_bad_share": -0.1}),
     ],
 )
 def test_a_bad_config_is_named_by_path(path: str, values: dict[str, Any], tiny_config: ExperimentConfig) -> None:
@@ -75,8 +75,17 @@ UNET = UNetConfig(
 )
 
 
+DECODER_TASK: dict[str, Any] = {"train.task": "decoder", "optimizer.frozen": ("visual_encoder",)}
+
+
 def test_a_good_decoder_passes(tiny_config: ExperimentConfig) -> None:
-    validate(changed(tiny_config, {"train.task": "decoder", "decoder.unet": UNET}))
+    validate(changed(tiny_config, DECODER_TASK | {"decoder.unet": UNET}))
+
+
+def test_a_decoder_trains_on_a_frozen_encoder(tiny_config: ExperimentConfig) -> None:
+    config = changed(tiny_config, {"train.task": "decoder", "decoder.unet": UNET})
+    with pytest.raises(ConfigError, match=r"^optimizer.frozen: must hold visual_encoder"):
+        validate(config)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +102,7 @@ def test_a_bad_decoder_is_named_by_path_when_it_is_what_trains(
 ) -> None:
     config = changed(changed(tiny_config, {"decoder.unet": UNET}), values)
     with pytest.raises(ConfigError, match=rf"^{re.escape(path)}: [^\n]+$"):
-        validate(changed(config, {"train.task": "decoder"}))
+        validate(changed(config, DECODER_TASK))
     validate(config)
 
 
