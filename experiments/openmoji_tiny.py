@@ -139,24 +139,25 @@ def decoder() -> ExperimentConfig:
             weight_decay=0.01,
             clip_norm=1.0,
         ),
-        train=TrainConfig(task="decoder", num_steps=1_400, init_from="runs/demo/stage1"),
+        train=TrainConfig(task="decoder", num_steps=1_500, init_from="runs/demo/stage1"),
         # What differs from the paper's decoder, because this one learns in minutes and with few channels: it predicts
-        # the clean latent, and its cross-attention starts out local. docs/decoder.md has the measurements.
+        # the clean latent, and its cross-attention starts out local. Like SDXL's it reads the condition at the lower
+        # scale only, here the scale of the visual embeddings themselves. docs/decoder.md has the measurements.
         decoder=DecoderConfig(
             unet=UNetConfig(
-                in_channels=48,
-                out_channels=48,
-                block_out_channels=(64, 128),
+                in_channels=192,
+                out_channels=192,
+                block_out_channels=(160, 256),
                 layers_per_block=1,
-                transformer_layers_per_block=(1, 1),
+                transformer_layers_per_block=(0, 1),
                 num_attention_heads=(1, 4),
                 cross_attention_width=MODEL.vision.width,
                 time_id_width=32,
                 norm_groups=16,
-                condition_radius=0.5,
+                condition_radius=0.25,
             ),
             latent="space_to_depth",
-            latent_factor=4,
+            latent_factor=8,
             latent_scale=1.8,  # brings the pixels of the corpus to unit variance
             prediction="sample",
             zero_terminal_snr=True,
@@ -164,7 +165,7 @@ def decoder() -> ExperimentConfig:
             image_size=IMAGE_SIZE,
             num_sampling_steps=10,
             guidance_scale=1.5,
-            batch_images=8,
+            batch_images=16,
             random_scale_max=1.0,
         ),
     )
