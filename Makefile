@@ -13,8 +13,12 @@ READY := .venv/ready
 demo: $(READY)
 	$(BIN)/emu2 demo --run runs/demo
 
+# Test processes; each compiles on a core of its own. TESTS=tests/models runs a part.
+PROCESSES ?= 2
+TESTS ?=
+
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadscope $(TESTS)
 
 setup: $(READY)
 
