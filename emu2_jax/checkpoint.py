@@ -80,6 +80,7 @@ class Checkpointer:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             self._check_same_model(step, abstract_state)
+            self._check_trained(step)
             try:
                 restored = self._manager.restore(
                     step,
@@ -109,6 +110,18 @@ class Checkpointer:
                     f"{self._folder}: checkpoint {step} is of another model: {name} is {saved.get(name, 'not in it')} "
                     f"there, {wanted.get(name, 'not wanted')} here; take another work directory"
                 )
+
+    def _check_trained(self, step: int) -> None:
+        """Raise `CheckpointError` for converted weights: a run starts from them, it does not go on in their place."""
+        try:
+            saved = ocp.PyTreeCheckpointHandler().metadata(self._folder / f"{step:08d}" / "state").tree
+        except (ValueError, OSError, KeyError, TypeError):
+            return  # damaged; reading it will say how
+        if set(saved) == {"params"}:
+            raise CheckpointError(
+                f"{self._folder.parent}: holds converted weights, without an optimiser's state to go on from; give "
+                f"another --workdir, and --gin.train.init_from={self._folder.parent}"
+            )
 
     def _set_aside(self, step: int) -> Path:
         source = self._folder / f"{step:08d}"
@@ -147,6 +160,13 @@ def _open_latest(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
         if step is None:
             raise CheckpointError(f"{workdir}: holds no complete checkpoint; train that stage first")
         yield manager, step
+
+
+def latest_state(workdir: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the state of the newest checkpoint of a work directory lies, and the metadata of its parameters."""
+    with _open_latest(workdir) as (manager, step):
+        folder = (workdir / FOLDER).absolute() / f"{step:08d}" / "state"
+        return folder, dict(manager.item_metadata(step)["state"].tree["params"])
 
 
 def saved_parts(workdir: Path) -> set[str]:
