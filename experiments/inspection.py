@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from emu2_jax.weights.files import missing_files, open_weights
 from emu2_jax.weights.names import Form, official_shapes, table
 from emu2_jax.weights.state_dict import resolve
 from emu2_jax.weights.stream import open_parameters
+from emu2_jax.weights.table import numberless
 from experiments.inputs import make_task
 from experiments.runs import CONFIG, load_config
 from experiments.runs import resolve as resolve_config
@@ -121,16 +121,10 @@ def _file_entries(path: str, config: ExperimentConfig | None) -> tuple[list[_Ent
 def _part_finder(form: Form) -> Callable[[str], str]:
     """Which part a tensor belongs to, by its name, whatever the number of layers."""
     rows = table(form, ModelConfig())
-    patterns = [
-        (re.compile(re.escape(name).replace(re.escape("{L}"), r"\d+")), row.path.split("/")[0])
-        for row in rows.rows
-        for name in (row.name, *row.aliases)
-    ]
+    parts = {numberless(name): row.path.split("/")[0] for row in rows.rows for name in (row.name, *row.aliases)}
 
     def part_of(name: str) -> str:
-        if rows.skip_reason(name):
-            return "(skipped)"
-        return next((part for pattern, part in patterns if pattern.fullmatch(name)), "(unknown)")
+        return "(skipped)" if rows.skip_reason(name) else parts.get(numberless(name), "(unknown)")
 
     return part_of
 

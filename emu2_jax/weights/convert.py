@@ -18,7 +18,7 @@ from emu2_jax.weights.files import StoredTensor, Tensors, check_dtypes, open_wei
 from emu2_jax.weights.names import FORMS, Form, table
 from emu2_jax.weights.parameters import ComputedParameter, GrownParameter, Parameter, StoredParameter
 from emu2_jax.weights.state_dict import flatten, listed, resolve
-from emu2_jax.weights.table import Row, Table
+from emu2_jax.weights.table import Row, Table, numberless
 
 POSITIONS = "visual_encoder/position_embedding"
 #: Parameters with an axis of the vocabulary, and which axis it is.
@@ -54,23 +54,21 @@ class Imported:
 
 
 def recognise(names: Sequence[str], shown: str) -> Form:
-    """The form whose names these are. Raises `WeightsError` when it is none, or could be two."""
-    found = {form: _share_known(names, form) for form in FORMS}
-    best = max(found, key=lambda form: found[form])
-    if found[best] < 0.5:
+    """The form whose names these are, whatever the number of layers. Raises `WeightsError` when it is none of them."""
+    scores = {form: _score(names, table(form, ModelConfig())) for form in FORMS}
+    best = max(scores, key=lambda form: scores[form])
+    if scores[best][0] < 0.5:
         raise WeightsError(f"{shown}: its names ({listed(names)}) are of none of the forms {', '.join(FORMS)}")
     return best
 
 
-def _share_known(names: Sequence[str], form: Form) -> float:
-    """Share of `names` that the form has or skips, whatever the number of layers. What it skips counts half."""
-    rows = table(form, ModelConfig())
-    official = "|".join(
-        re.escape(name).replace(re.escape("{L}"), r"\d+") for row in rows.rows for name in (row.name, *row.aliases)
-    )
-    pattern = re.compile(official)
-    known = sum(1.0 if pattern.fullmatch(name) else 0.5 if rows.skip_reason(name) else 0.0 for name in names)
-    return known / max(1, len(names))
+def _score(names: Sequence[str], rows: Table) -> tuple[float, float]:
+    """Share of `names` that a form has (what it skips counts half), and share of the form's rows among them."""
+    official = {numberless(name): row.path for row in rows.rows for name in (row.name, *row.aliases)}
+    found = [name for name in names if numberless(name) in official]
+    skipped = sum(rows.skip_reason(name) is not None for name in names)
+    present = {official[numberless(name)] for name in found}
+    return (len(found) + skipped / 2) / max(1, len(names)), len(present) / len(set(official.values()))
 
 
 def import_weights(

@@ -11,6 +11,7 @@ from jaxtyping import Shaped
 
 from emu2_jax.errors import WeightsError
 from emu2_jax.task import Params
+from emu2_jax.weights.layout import LAYERS
 from emu2_jax.weights.table import Row, Table
 
 #: Names that an error lists of each kind before it says how many more there are.
@@ -49,7 +50,11 @@ def resolve(
         found.append((row, names))
     skipped = {name: reason for name in shapes if name not in used and (reason := table.skip_reason(name))}
     unexpected = [name for name in shapes if name not in used and name not in skipped]
-    _raise_unless_empty(source, table, missing, unexpected, misshapen)
+    if missing or unexpected or misshapen:
+        kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        problems = _layer_counts(table, shapes)
+        problems += [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds if names]
+        raise WeightsError(f"{source}: does not hold the tensors of form {table.form!r}: {'; '.join(problems)}")
     return Resolution(tuple(found), skipped)
 
 
@@ -98,13 +103,16 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _raise_unless_empty(
-    source: str, table: Table, missing: list[str], unexpected: list[str], misshapen: list[str]
-) -> None:
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-    problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds if names]
-    if problems:
-        raise WeightsError(f"{source}: does not hold the tensors of form {table.form!r}: {'; '.join(problems)}")
+def _layer_counts(table: Table, names: Iterable[str]) -> list[str]:
+    """What to say of stacks that have another number of layers than the config: that one fact explains many names."""
+    wanted = {row.name.split("{L}")[0]: row.layout.sizes[LAYERS] for row in table.rows if row.layout.stacked}
+    said = []
+    for stem, count in wanted.items():
+        numbers = {name.removeprefix(stem).split(".")[0] for name in names if name.startswith(stem)}
+        found = sum(number.isdecimal() for number in numbers)
+        if 0 < found != count:
+            said.append(f"it has {found} layers {stem}N, the config {count}")
+    return said
 
 
 def listed(names: Iterable[str]) -> str:

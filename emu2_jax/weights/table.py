@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from emu2_jax.weights.layout import LAYERS, Layout
 
 
+def numberless(name: str) -> str:
+    """A name with every number (or `{L}`) replaced: what tensors of the same kind share at any size."""
+    return re.sub(r"\{L\}|\d+", "#", name)
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a table: an official tensor (or one per layer), the parameter that it is, and how it lies there."""
