@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,25 @@ FOLDER = "checkpoints"
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 _INCOMPLETE = ".incomplete"
+
+
+#: Most bytes of a chunk of a layer on disk, and of layers that share one.
+CHUNK_BYTES, SMALL_BYTES = 32 << 20, 1 << 20
+
+
+def layer_chunks(layer_bytes: int) -> ocp.SaveArgs:
+    """How parameters stacked on an axis of layers are cut: by layer, so that reading one does not read all others."""
+    return ocp.SaveArgs(chunk_byte_size=min(max(layer_bytes, SMALL_BYTES), CHUNK_BYTES), shard_axes=(0,))
+
+
+def _chunks(state: Any) -> Any:
+    def of(path: Any, leaf: Any) -> ocp.SaveArgs:
+        stacked = any(getattr(entry, "key", None) == "layers" for entry in path)
+        if not stacked or not isinstance(leaf, jax.Array):
+            return ocp.SaveArgs()
+        return layer_chunks(math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) * leaf.dtype.itemsize)
+
+    return jax.tree_util.tree_map_with_path(of, state)
 
 
 class Checkpointer:
@@ -64,7 +84,7 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
+                state=ocp.args.StandardSave(state, save_args=_chunks(state)),
                 input=ocp.args.JsonSave(dict(input_state)),
                 config=ocp.args.JsonSave({"text": config_text}),
             ),

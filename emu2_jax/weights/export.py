@@ -19,9 +19,11 @@ from emu2_jax.weights.files import DTYPES, INDEX_SUFFIX
 from emu2_jax.weights.names import Form
 from emu2_jax.weights.parameters import Index, Parameter, read, whole
 from emu2_jax.weights.state_dict import listed
-from emu2_jax.weights.stream import PIECE_BYTES, appearing_whole, check_room
+from emu2_jax.weights.stream import appearing_whole, check_room
 from emu2_jax.weights.table import Row, Table
 
+#: Bytes of a tensor that are in memory at once.
+PIECE_BYTES = 32 << 20
 #: Bytes of a shard, unless told otherwise. Source: `transformers`, which writes shards of at most 5 GB.
 SHARD_BYTES = 5_000_000_000
 #: Positions that LLaMA was trained on. Source: release `llama_config/config.json`.
@@ -205,7 +207,7 @@ def _llama_config(language: LanguageConfig) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
-        "pad_token_id": PAD_ID,
+        "pad_token_id": PAD_ID if language.vocab_size > PAD_ID else None,  # `transformers` wants it in the vocabulary
         "use_cache": True,
     }
 

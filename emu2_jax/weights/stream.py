@@ -18,15 +18,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from emu2_jax.checkpoint import FOLDER, latest_state
+from emu2_jax.checkpoint import CHUNK_BYTES, FOLDER, latest_state, layer_chunks
 from emu2_jax.errors import CheckpointError, WeightsError
 from emu2_jax.weights.parameters import ComputedParameter, Index, Parameter, Parts, grid, read
 from emu2_jax.weights.state_dict import flatten, nest
 
-#: Most bytes of a piece that is on its way, and of a chunk on disk.
-PIECE_BYTES = 32 << 20
-#: Layers smaller than this share a chunk.
-SMALL_BYTES = 1 << 20
 #: A target's disk must have this share more room than the arrays take.
 DISK_MARGIN = 0.02
 
@@ -93,11 +89,9 @@ def write_parameters(
 
 
 def _save_args(stream: _Stream) -> ocp.SaveArgs:
-    """A chunk per layer, so that reading one does not read its neighbours; larger layers in several chunks."""
-    if not stream.parameter.stacked:
-        return ocp.SaveArgs(chunk_byte_size=PIECE_BYTES)
-    layer_bytes = stream.nbytes // stream.shape[0]
-    return ocp.SaveArgs(chunk_byte_size=min(max(layer_bytes, SMALL_BYTES), PIECE_BYTES), shard_axes=(0,))
+    if stream.parameter.stacked:
+        return layer_chunks(stream.nbytes // stream.shape[0])
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
 
 
 class SavedParameter:
@@ -106,6 +100,7 @@ class SavedParameter:
     def __init__(self, array: ts.TensorStore, stacked: bool) -> None:
         self.shape = tuple(array.shape)
         self.dtype = np.dtype(array.dtype.numpy_dtype)
+        self.chunk = tuple(array.chunk_layout.read_chunk.shape or ())
         self.stacked = stacked
         self._array = array
 
@@ -118,7 +113,7 @@ class SavedParameter:
 def open_parameters(workdir: Path) -> dict[str, Parameter]:
     """The parameters (path -> parameter) of the newest checkpoint of a work directory; nothing is read yet."""
     folder, saved = latest_state(workdir)
-    context = ts.Context({"cache_pool": {"total_bytes_limit": PIECE_BYTES}})
+    context = ts.Context({"cache_pool": {"total_bytes_limit": CHUNK_BYTES}})
     parameters: dict[str, Parameter] = {}
     for path, leaf in flatten(saved).items():
         name = ".".join(["params", *path.split("/")])
@@ -132,7 +127,7 @@ def open_parameters(workdir: Path) -> dict[str, Parameter]:
             raise CheckpointError(f"{workdir}: {path} cannot be read: {str(error).splitlines()[0][:200]}") from error
         if tuple(array.shape) != tuple(leaf.shape):
             raise CheckpointError(f"{workdir}: {path} is {array.shape} on disk, {leaf.shape} in the metadata")
-        parameters[path] = SavedParameter(array, stacked="/layers/" in path)
+        parameters[path] = SavedParameter(array, stacked="layers" in path.split("/"))
     return parameters
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from tiny_weights import BFLOAT16
 
-from emu2_jax.checkpoint import FOLDER, load_parts, saved_parts
+from emu2_jax import checkpoint
+from emu2_jax.checkpoint import FOLDER, Checkpointer, load_parts, saved_parts
+from emu2_jax.config import CheckpointConfig
 from emu2_jax.errors import WeightsError
 from emu2_jax.weights import stream
 from emu2_jax.weights.parameters import ComputedParameter, Parts, grid, read, whole
@@ -63,8 +65,8 @@ def test_it_comes_back_to_the_bit(tmp_path: Path, params: dict[str, Any], dtype:
 
 
 def test_no_piece_is_larger_than_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "SMALL_BYTES", 64)
-    monkeypatch.setattr(stream, "PIECE_BYTES", 2048)
+    monkeypatch.setattr(checkpoint, "SMALL_BYTES", 64)
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2048)
     rng = np.random.default_rng(0)
     large, small = rng.normal(size=(5, 32, 48)).astype(np.float32), rng.normal(size=(5, 8)).astype(np.float32)
     parameters = {"a/layers/large": Watched(large), "a/layers/small": Watched(small)}
@@ -76,6 +78,17 @@ def test_no_piece_is_larger_than_a_layer(tmp_path: Path, monkeypatch: pytest.Mon
     np.testing.assert_array_equal(read(saved["a/layers/large"], whole(large.shape)), large)
     np.testing.assert_array_equal(read(saved["a/layers/small"], whole(small.shape)), small)
     assert sum(1 for _ in grid((5, 32, 48), (1, 16, 32))) == 5 * 2 * 2
+
+
+def test_the_trainer_s_checkpoints_are_cut_by_layer_too(tmp_path: Path) -> None:
+    """Or one layer of a large model could not be exported without reading all of them."""
+    layers = jax.numpy.arange(3 * 512 * 1024, dtype=jax.numpy.float32).reshape(3, 512, 1024)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), print)
+    checkpointer.save(1, {"params": {"a": {"layers": layers}}, "step": jax.numpy.zeros(())}, {}, "")
+    checkpointer.close()
+    saved = stream.open_parameters(tmp_path)["a/layers"]
+    assert isinstance(saved, stream.SavedParameter) and saved.chunk == (1, 512, 1024)
+    np.testing.assert_array_equal(read(saved, (slice(1, 2), slice(0, 2), slice(0, 1024))), layers[1:2, :2])
 
 
 def test_a_full_disk_is_found_out_before_anything_is_written(
