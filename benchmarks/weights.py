@@ -1,6 +1,6 @@
 """Memory of weights in and out, and exactness of the round trip.
 
-    python -m benchmarks.weights [--dir DIR]
+    python -m benchmarks.weights [--dir DIR] [--model wide]
 
 Makes a checkpoint of random bfloat16 weights, in 60 decoder layers and at least 4 GB, in the Hugging Face form of Emu2;
 then, each in a process of its own so that its peak memory is its own:
@@ -55,6 +55,8 @@ MODELS = {
         vision=VisionConfig(width=448, num_layers=16, num_heads=4, mlp_width=3840),
         language=LanguageConfig(width=1664, num_heads=13, num_kv_heads=13, mlp_width=4480),
     ),
+    # Emu2's own widths and so its own tensors, the largest that there are, in two layers.
+    "wide": ModelConfig(vision=VisionConfig(num_layers=2), language=LanguageConfig(num_layers=2)),
     "small": ModelConfig(
         vision=VisionConfig(image_size=56, width=32, num_layers=2, num_heads=2, mlp_width=48),
         language=LanguageConfig(vocab_size=320, width=64, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=96),
@@ -67,16 +69,20 @@ def main() -> None:
     """Run every case, or the one that a parent process asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, help="where to work (a temporary directory)")
+    parser.add_argument(
+        "--model", choices=["large", "wide"], default="large", help="60 layers, or 2 of Emu2's own width (large)"
+    )
     parser.add_argument("--case", choices=["generate", *CASES], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        line = generate(arguments.dir) if arguments.case == "generate" else measure(arguments.case, arguments.dir)
-        print(json.dumps(line))
+        run = generate if arguments.case == "generate" else partial(measure, arguments.case)
+        print(json.dumps(run(arguments.dir, arguments.model)))
         return
     root = Path(tempfile.mkdtemp(prefix="emu2-weights-", dir=arguments.dir))
     try:
         for case in ("generate", *CASES):
             command = [sys.executable, "-m", "benchmarks.weights", "--case", case, "--dir", str(root)]
+            command += ["--model", arguments.model]
             result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             if case != "generate":
                 print(result.stdout.splitlines()[-1], flush=True)
@@ -85,7 +91,7 @@ def main() -> None:
     print(json.dumps(round_trip()))
 
 
-def generate(root: Path) -> dict[str, Any]:
+def generate(root: Path, large: str) -> dict[str, Any]:
     """Random weights as files, large and small; every tensor its own draw."""
     rng = np.random.default_rng(0)
 
@@ -100,8 +106,8 @@ def generate(root: Path) -> dict[str, Any]:
             for _, array in parts:
                 array[...] = draw(array.shape)
 
-    for name, model in MODELS.items():
-        rows = table(FORM, model)
+    for name in ("small", large):
+        rows = table(FORM, MODELS[name])
         drawn = {row.path: Drawn(row.layout.our_shape, BFLOAT16, lambda: np.zeros(0)) for row in rows.rows}
         export(drawn, rows, root / name / "files")
     return {"case": "generate"}
@@ -136,18 +142,18 @@ CASES: dict[str, Callable[[Path, ModelConfig], int]] = {
 }
 
 
-def measure(case: str, root: Path) -> dict[str, Any]:
+def measure(case: str, root: Path, large: str) -> dict[str, Any]:
     """One case: once small, for the baseline, then large."""
     CASES[case](root / "small", MODELS["small"])
     baseline = peak_rss()
     began = time.perf_counter()
-    shards = CASES[case](root / "large", MODELS["large"])
+    shards = CASES[case](root / large, MODELS[large])
     seconds, peak = time.perf_counter() - began, peak_rss()
-    stored = open_weights(str(root / "large" / "files"))
+    stored = open_weights(str(root / large / "files"))
     line = {
         "case": case,
         "stored_gb": round(sum(tensor.nbytes for tensor in stored.values()) / 1e9, 2),
-        "layers": MODELS["large"].language.num_layers,
+        "layers": MODELS[large].language.num_layers,
         "shards_gb": round(shards / 1e9, 2),
         "rss_mb_beyond_shards": round((peak - shards) / 1e6),
         "rss_mb_baseline": round(baseline / 1e6),
@@ -156,7 +162,7 @@ def measure(case: str, root: Path) -> dict[str, Any]:
         "seconds": round(seconds, 1),
     }
     if case == "export":
-        again = open_weights(str(root / "large" / "again"))
+        again = open_weights(str(root / large / "again"))
         line["bit_exact"] = stored.keys() == again.keys() and all(
             stored[name].array().tobytes() == again[name].array().tobytes() for name in stored
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -12,9 +13,10 @@ import pytest
 import safetensors.numpy
 from command import fail
 
-from emu2_jax.weights import official_shapes
+from emu2_jax.weights import Form, official_shapes, table
 from emu2_jax.weights.files import open_weights
 from experiments import cli
+from experiments.describe import parameter_counts
 from experiments.runs import load_config, load_params, resolve
 
 RECIPE = "openmoji_tiny_stage2"
@@ -181,3 +183,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert said in line
     left = {path.name for path in tmp_path.iterdir()} - {"broken"}
     assert left == ({"target"} if change == "there" else set())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "forms"),
+    [
+        ("emu2_37b_stage1a", ("emu2",)),
+        ("emu2_37b_stage1b", ("emu2_hf",)),
+        ("emu2_37b_stage2", ("emu2", "emu2_hf")),
+        ("emu2_37b_stage2", ("llama_hf", "eva_timm", "eva_open_clip", "eva_clip")),
+        ("emu2_37b_decoder", ("eva_timm", "unet")),
+    ],
+)
+def test_full_size_parts_have_as_many_parameters_as_the_official_shapes(recipe: str, forms: tuple[Form, ...]) -> None:
+    config, _ = resolve(recipe, [], [])
+    counts = parameter_counts(config)
+    for form in forms:
+        rows = table(form, config.model, config.decoder)
+        for part in rows.parts:
+            shapes = official_shapes(form, config.model, config.decoder)
+            own = [shapes[name] for row in rows.only([part]).rows for name in row.names]
+            assert sum(math.prod(shape) for shape in own) == counts[part], part

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from emu2_jax.config import DecoderConfig, ModelConfig, UNetConfig, VisionConfig
+from emu2_jax.config import DecoderConfig, LanguageConfig, ModelConfig, UNetConfig, VisionConfig
 from emu2_jax.diffusion.decoder import init_unet
 from emu2_jax.errors import WeightsError
 from emu2_jax.models import emu2
@@ -150,6 +150,14 @@ def test_every_tensor_is_accounted_for() -> None:
 def test_long_lists_are_cut() -> None:
     with pytest.raises(WeightsError, match=r"30 missing: .* and 24 more$"):
         resolve(table("emu2", MODEL).only(["visual_encoder"]), {}, source="x")
+
+
+def test_llama_is_as_large_as_the_release_says() -> None:
+    """`total_size` in the release's `llama_config/pytorch_model.bin.index.json`: float16, with rotary frequencies."""
+    llama = ModelConfig(language=LanguageConfig(vocab_size=32000))
+    count = sum(math.prod(shape) for shape in official_shapes("llama_hf", llama).values())
+    frequencies = 60 * 64  # of each layer: half a head's width
+    assert 2 * (count + frequencies) == 65_057_894_912
 
 
 def test_the_official_sizes() -> None:

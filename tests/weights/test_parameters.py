@@ -109,6 +109,20 @@ def test_positions_are_interpolated(tmp_path: Path, params: dict[str, Any]) -> N
     np.testing.assert_array_equal(wanted[0], small[0, 0])
 
 
+def test_positions_are_interpolated_as_eva_clip_does() -> None:
+    """The values are PyTorch's: `F.interpolate(x, size=(4, 4), mode="bicubic", align_corners=False)` of 1 4 / 9 16."""
+    small = jax.numpy.array([[0.0], [1.0], [4.0], [9.0], [16.0]])
+    wanted = [
+        [-0.1157, 0.7404, 2.1503, 3.0063],
+        [2.4005, 3.6975, 5.8337, 7.1307],
+        [6.5448, 8.5681, 11.9006, 13.9240],
+        [9.0610, 11.5253, 15.5841, 18.0484],
+    ]
+    got = resize_position_embedding(small, 17)
+    np.testing.assert_allclose(got[1:, 0].reshape(4, 4), wanted, atol=1e-4)
+    np.testing.assert_allclose(resize_position_embedding(small, 5), small, atol=1e-6)
+
+
 def test_positions_that_are_no_square(tmp_path: Path, params: dict[str, Any]) -> None:
     state_dict = to_state_dict(params, table("eva_timm", MODEL))
     state_dict["pos_embed"] = np.zeros((1, 7, 16), np.float32)
