@@ -259,7 +259,7 @@ def _safetensor(shown: str, file: _File, data: int, name: str, entry: Mapping[st
         raise WeightsError(
             f"{shown}: is truncated: {name} ends at byte {end:,}, the file at {file.size:,}; get the file again"
         )
-    if dtype and end - begin != math.prod(shape) * dtype.itemsize:
+    if begin < data or (dtype and end - begin != math.prod(shape) * dtype.itemsize):
         raise WeightsError(f"{shown}: {name} has {end - begin:,} bytes, which {dtype_name} {list(shape)} has not")
 
     def read(start: int, stop: int) -> Shaped[np.ndarray, " n"]:
