@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,25 @@ FOLDER = "checkpoints"
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 _INCOMPLETE = ".incomplete"
+
+
+#: Most bytes of a chunk of a layer on disk, and of layers that share one.
+CHUNK_BYTES, SMALL_BYTES = 32 << 20, 1 << 20
+
+
+def layer_chunks(layer_bytes: int) -> ocp.SaveArgs:
+    """How parameters stacked on an axis of layers are cut: by layer, so that reading one does not read all others."""
+    return ocp.SaveArgs(chunk_byte_size=min(max(layer_bytes, SMALL_BYTES), CHUNK_BYTES), shard_axes=(0,))
+
+
+def _chunks(state: Any) -> Any:
+    def of(path: Any, leaf: Any) -> ocp.SaveArgs:
+        stacked = any(getattr(entry, "key", None) == "layers" for entry in path)
+        if not stacked or not isinstance(leaf, jax.Array):
+            return ocp.SaveArgs()
+        return layer_chunks(math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) * leaf.dtype.itemsize)
+
+    return jax.tree_util.tree_map_with_path(of, state)
 
 
 class Checkpointer:
@@ -64,7 +84,7 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
+                state=ocp.args.StandardSave(state, save_args=_chunks(state)),
                 input=ocp.args.JsonSave(dict(input_state)),
                 config=ocp.args.JsonSave({"text": config_text}),
             ),
@@ -80,6 +100,7 @@ class Checkpointer:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             self._check_same_model(step, abstract_state)
+            self._check_trained(step)
             try:
                 restored = self._manager.restore(
                     step,
@@ -109,6 +130,18 @@ class Checkpointer:
                     f"{self._folder}: checkpoint {step} is of another model: {name} is {saved.get(name, 'not in it')} "
                     f"there, {wanted.get(name, 'not wanted')} here; take another work directory"
                 )
+
+    def _check_trained(self, step: int) -> None:
+        """Raise `CheckpointError` for converted weights: a run starts from them, it does not go on in their place."""
+        try:
+            saved = ocp.PyTreeCheckpointHandler().metadata(self._folder / f"{step:08d}" / "state").tree
+        except (ValueError, OSError, KeyError, TypeError):
+            return  # damaged; reading it will say how
+        if set(saved) == {"params"}:
+            raise CheckpointError(
+                f"{self._folder.parent}: holds converted weights, without an optimiser's state to go on from; give "
+                f"another --workdir, and --gin.train.init_from={self._folder.parent}"
+            )
 
     def _set_aside(self, step: int) -> Path:
         source = self._folder / f"{step:08d}"
@@ -147,6 +180,13 @@ def _open_latest(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
         if step is None:
             raise CheckpointError(f"{workdir}: holds no complete checkpoint; train that stage first")
         yield manager, step
+
+
+def latest_state(workdir: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the state of the newest checkpoint of a work directory lies, and the metadata of its parameters."""
+    with _open_latest(workdir) as (manager, step):
+        folder = (workdir / FOLDER).absolute() / f"{step:08d}" / "state"
+        return folder, dict(manager.item_metadata(step)["state"].tree["params"])
 
 
 def saved_parts(workdir: Path) -> set[str]:

@@ -19,3 +19,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A work directory or checkpoint cannot be used for what was asked."""
+
+
+class WeightsError(UserError):
+    """A weight file cannot be used. The message names the file, and the tensor where there is one."""

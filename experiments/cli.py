@@ -28,6 +28,19 @@ The same command goes on where the run stopped. Examples:
 """
 
 
+CONVERT_EPILOG = """\
+Forms (found from the names unless given): emu2, emu2_hf, llama_hf, eva_timm, eva_open_clip, eva_clip, unet.
+Parts that no file holds are drawn at random. Examples:
+  emu2 convert --from /data/Emu2 --to runs/emu2
+  emu2 convert --from /data/llama-33b --from eva_open_clip=/data/eva --to runs/start
+  emu2 convert --from gs://bucket/Emu2-Chat --to runs/chat --gin.model.language.vocab_size=32274 \\
+      --gin.model.num_visual_tokens=256
+"""
+
+#: As `emu2_jax.weights.names.FORMS`, which `--help` need not wait for.
+FORMS = ("emu2", "emu2_hf", "llama_hf", "eva_timm", "eva_open_clip", "eva_clip", "unet")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit."""
     parser = _parser()
@@ -95,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path, help="run directory: holds stage2/ and decoder/, gets evaluation/")
 
     generate = add("generate", _generate, "continue a prompt of texts and images")
-    generate.add_argument("run", type=Path, help="run directory: holds stage2/ and, for --image, decoder/")
+    generate.add_argument(
+        "run", type=Path, help="run directory (holds stage2/ and, for --image, decoder/) or a work directory"
+    )
     generate.add_argument(
         "--prompt", nargs="+", required=True, metavar="LINK", help="texts and image files, in their order"
     )
@@ -106,6 +121,39 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("run", type=Path, help="run directory: holds decoder/")
     reconstruct.add_argument("images", nargs="+", type=Path)
     reconstruct.add_argument("--out", type=Path, required=True, help="picture to write: originals above, redrawn below")
+
+    convert = add("convert", _convert, "make a work directory from released weights (docs/weights.md)")
+    convert.epilog = CONVERT_EPILOG
+    convert.add_argument(
+        "--from",
+        dest="sources",
+        action="append",
+        required=True,
+        metavar="[FORM=]PATH",
+        help="a weight file, an index or a directory that holds one; several times to combine parts",
+    )
+    convert.add_argument("--to", type=Path, required=True, metavar="WORKDIR", help="work directory to make")
+    convert.add_argument("--recipe", default="emu2_37b_stage2", help="whose model it is (emu2_37b_stage2)")
+    convert.add_argument("--gin_file", type=Path, action="append", default=[], metavar="FILE", help="override file")
+    convert.add_argument(
+        "--dtype", choices=["stored", "float32", "bfloat16"], default="stored", help="of the work directory (stored)"
+    )
+
+    export = add("export", _export, "write the weights of a work directory as safetensors files of a released form")
+    export.add_argument("workdir", type=Path)
+    export.add_argument("--form", choices=FORMS, required=True, help="whose names: see docs/weights.md")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory to make")
+    export.add_argument(
+        "--dtype", choices=["stored", "float32", "bfloat16"], default="stored", help="of the files (stored)"
+    )
+    export.add_argument("--shard_gb", type=float, default=5.0, help="largest file, GB (5)")
+
+    inspect = add("inspect", _inspect, "show what a work directory or weight files hold")
+    inspect.add_argument("path", help="work directory, weight file, index, or directory that holds one")
+    inspect.add_argument("--recipe", help="resolve the names at its size, and say what would train")
+    inspect.add_argument("--gin_file", type=Path, action="append", default=[], metavar="FILE", help="override file")
+    inspect.add_argument("--mesh", metavar="data=1,fsdp=8,...", help="say what a device of this mesh takes")
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
 
     report = add("report", _report, "write report.html of a run")
     report.add_argument("run", type=Path)
@@ -183,6 +231,33 @@ def _reconstruct(arguments: argparse.Namespace, rest: list[str]) -> None:
     from experiments.use import reconstruct
 
     reconstruct(arguments.run, arguments.images, arguments.out)
+
+
+def _convert(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.weights import convert
+
+    convert(arguments.sources, arguments.to, arguments.recipe, arguments.gin_file, rest, dtype=arguments.dtype)
+
+
+def _export(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.weights import export_weights
+
+    export_weights(arguments.workdir, arguments.form, arguments.to, dtype=arguments.dtype, shard_gb=arguments.shard_gb)
+
+
+def _inspect(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.inspection import inspect
+
+    print(
+        inspect(
+            arguments.path,
+            arguments.recipe,
+            arguments.gin_file,
+            rest,
+            mesh=arguments.mesh,
+            tensors=arguments.tensors,
+        )
+    )
 
 
 def _report(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -17,20 +17,21 @@ from emu2_jax.errors import DataError, UserError
 from emu2_jax.generate import Generator, Link
 from experiments.evaluate import DECODER_STAGE, MODEL_STAGE
 from experiments.inputs import open_tokenizer
-from experiments.runs import load_config, load_params
+from experiments.runs import CONFIG, load_config, load_params
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
 
 
 def generate(run: Path, prompt: Sequence[str], *, image_file: Path | None, max_tokens: int) -> None:
     """Continue the prompt with text (printed), or with an image (written to `image_file`)."""
-    config = load_config(run / MODEL_STAGE)
+    stage = run if (run / CONFIG).exists() else run / MODEL_STAGE  # a work directory, or a run that holds several
+    config = load_config(stage)
     links = [_link(link, config.model.vision.image_size) for link in prompt]
     if max_tokens < 1:
         raise UserError(f"--max_tokens: got {max_tokens}, wanted at least 1")
     if image_file is not None:
         _check_new_picture(image_file)
-    params = load_params(run / MODEL_STAGE, config)
+    params = load_params(stage, config)
     generator = Generator(config.model, params, open_tokenizer(config))
     if image_file is None:
         print(generator.text([links], max_tokens=max_tokens)[0])

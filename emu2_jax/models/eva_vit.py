@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
@@ -143,11 +144,28 @@ def resize_position_embedding(
 ) -> Float[Array, "num_positions D"]:
     """Position embedding for another image size: the patch grid is interpolated (bicubic), CLS is kept.
 
-    Stage 1b continues stage 1a at 448 px this way (16 x 16 -> 32 x 32 patches). **open** in the paper; bicubic is what
-    EVA-CLIP's own code uses.
+    Stage 1b continues stage 1a at 448 px this way (16 x 16 -> 32 x 32 patches). **open** in the paper; the kernel is
+    that of EVA-CLIP's own code (PyTorch's bicubic, half-pixel centres, without antialiasing), which is not
+    `jax.image.resize`'s: Keys' cubic at -0.75 instead of -0.5, and edges that repeat instead of weights that are
+    normalised anew.
     """
     cls, patches = position_embedding[:1], position_embedding[1:]
     old, new = round(patches.shape[0] ** 0.5), round((num_positions - 1) ** 0.5)
+    weights = _bicubic_weights(old, new)
     grid = patches.reshape(old, old, -1).astype(jnp.float32)
-    resized = jax.image.resize(grid, (new, new, grid.shape[-1]), "bicubic", antialias=False)
+    resized = jnp.einsum("ai,bj,ijd->abd", weights, weights, grid, precision="highest")
     return jnp.concatenate([cls, resized.reshape(new * new, -1).astype(cls.dtype)])
+
+
+def _bicubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """How much each of `old` samples counts for each of `new` ones along one axis."""
+    a = -0.75
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(centre).astype(int)
+    weights = np.zeros((new, old))
+    for offset in (-1, 0, 1, 2):
+        x = np.abs(centre - (first + offset))
+        near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+        far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+        np.add.at(weights, (np.arange(new), np.clip(first + offset, 0, old - 1)), np.where(x <= 1, near, far))
+    return weights.astype(np.float32)

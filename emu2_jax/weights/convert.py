@@ -1,0 +1,181 @@
+"""Import: weight files of one or several forms become the parameters of one model, every tensor accounted for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu2_jax.config import DecoderConfig, ModelConfig
+from emu2_jax.errors import WeightsError
+from emu2_jax.models.eva_vit import resize_position_embedding
+from emu2_jax.weights.files import StoredTensor, Tensors, check_dtypes, open_weights
+from emu2_jax.weights.names import FORMS, Form, table
+from emu2_jax.weights.parameters import ComputedParameter, GrownParameter, Parameter, StoredParameter
+from emu2_jax.weights.state_dict import flatten, listed, resolve
+from emu2_jax.weights.table import Row, Table, numberless
+
+POSITIONS = "visual_encoder/position_embedding"
+#: Parameters with an axis of the vocabulary, and which axis it is.
+VOCABULARY: Mapping[str, int] = {"language_model/token_embedding": 0, "language_model/head": 1}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Opened files to take parts from."""
+
+    path: str
+    form: Form
+    tensors: Tensors
+
+    @classmethod
+    def open(cls, text: str) -> Source:
+        """Open `FORM=PATH`, or `PATH` whose form its names tell."""
+        form, _, path = text.partition("=")
+        if form in FORMS:
+            return cls(path, form, open_weights(path))
+        if re.fullmatch(r"\w+", form) and path:
+            raise WeightsError(f"{text}: {form!r} is none of the forms {', '.join(FORMS)}")
+        tensors = open_weights(text)
+        return cls(text, recognise(list(tensors), text), tensors)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Parameters found in files, and what has to be said about them."""
+
+    parameters: Mapping[str, Parameter]  #: path -> parameter
+    notes: list[str]
+
+
+def recognise(names: Sequence[str], shown: str) -> Form:
+    """The form whose names these are, whatever the number of layers. Raises `WeightsError` when it is none of them."""
+    scores = {form: _score(names, table(form, ModelConfig())) for form in FORMS}
+    best = max(scores, key=lambda form: scores[form])
+    if scores[best][0] < 0.5:
+        raise WeightsError(f"{shown}: its names ({listed(names)}) are of none of the forms {', '.join(FORMS)}")
+    return best
+
+
+def _score(names: Sequence[str], rows: Table) -> tuple[float, float]:
+    """Share of `names` that a form has (what it skips counts half), and share of the form's rows among them."""
+    official = {numberless(name): row.path for row in rows.rows for name in (row.name, *row.aliases)}
+    found = [name for name in names if numberless(name) in official]
+    skipped = sum(rows.skip_reason(name) is not None for name in names)
+    present = {official[numberless(name)] for name in found}
+    return (len(found) + skipped / 2) / max(1, len(names)), len(present) / len(set(official.values()))
+
+
+def import_weights(
+    sources: Sequence[Source], parts: Sequence[str], model: ModelConfig, decoder: DecoderConfig | None = None
+) -> Imported:
+    """The parameters of `parts` that the sources hold, at the size of `model`.
+
+    Parts that no source holds are left to the caller. Raises `WeightsError`, naming file and tensor, when a source
+    lacks a tensor, holds one that nobody knows or one of another shape, or when two sources hold the same part.
+    """
+    parameters: dict[str, Parameter] = {}
+    notes: list[str] = []
+    owner: dict[str, str] = {}
+    for source in sources:
+        rows = table(source.form, model, decoder)
+        taken = [part for part in rows.parts if part in parts]
+        if not taken:
+            raise WeightsError(
+                f"{source.path}: form {source.form!r} holds {', '.join(rows.parts)}; wanted any of {', '.join(parts)}"
+            )
+        for part in taken:
+            if part in owner:
+                raise WeightsError(f"{source.path}: holds {part}, which {owner[part]} holds too; leave one out")
+            owner[part] = source.path
+        found, said = _import_source(source, rows, taken, model)
+        parameters |= found
+        notes += said
+    return Imported(parameters, notes)
+
+
+def _import_source(
+    source: Source, rows: Table, taken: Sequence[str], model: ModelConfig
+) -> tuple[dict[str, Parameter], list[str]]:
+    tensors = source.tensors
+    free = {POSITIONS}
+    if source.form == "llama_hf":
+        free |= set(VOCABULARY)
+    found_shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    resolution = resolve(rows, found_shapes, source=source.path, free=free)
+    notes = [f"{source.path}: {', '.join(taken)} taken ({source.form})"]
+    left = [part for part in rows.parts if part not in taken]
+    if left:
+        notes.append(f"{source.path}: {', '.join(left)} left, not a part of this model")
+    for reason in dict.fromkeys(resolution.skipped.values()):
+        count = list(resolution.skipped.values()).count(reason)
+        notes.append(f"{source.path}: {count} tensors skipped: {reason}")
+    parameters: dict[str, Parameter] = {}
+    for row, names in resolution.names:
+        if row.path.split("/")[0] not in taken:
+            continue
+        stored = [tensors[name] for name in names]
+        check_dtypes(stored)
+        parameters[row.path], note = _parameter(row, stored, model)
+        if note:
+            notes.append(note)
+    return parameters, notes
+
+
+def _parameter(row: Row, tensors: Sequence[StoredTensor], model: ModelConfig) -> tuple[Parameter, str]:
+    tensor = tensors[0]
+    if tensor.shape == row.layout.stored_shape:
+        return StoredParameter(row.layout, tensors), ""
+    if row.path == POSITIONS:
+        return _resized_positions(row, tensor)
+    axis = VOCABULARY[row.path]
+    rows, width = tensor.shape if len(tensor.shape) == 2 else (0, 0)
+    if width != model.language.width or not 0 < rows < model.language.vocab_size:
+        raise WeightsError(
+            f"{tensor.file}: {tensor.name} is {' x '.join(map(str, tensor.shape))}, wanted at most "
+            f"{model.language.vocab_size} x {model.language.width} (model.language.vocab_size x width)"
+        )
+    layout = type(row.layout)(row.layout.stored, row.layout.ours, {**row.layout.sizes, "V": rows})
+    grown = GrownParameter(StoredParameter(layout, tensors), axis, model.language.vocab_size, tensor)
+    new = model.language.vocab_size - rows
+    return grown, f"{tensor.file}: {tensor.name} has {rows} rows; {new} are added at their mean, for special tokens"
+
+
+def _resized_positions(row: Row, tensor: StoredTensor) -> tuple[Parameter, str]:
+    (wanted, width) = row.layout.our_shape
+    have = tensor.shape[1] if len(tensor.shape) == 3 else 0
+    side = round(max(have - 1, 0) ** 0.5)
+    if have < 2 or 1 + side**2 != have or tensor.shape != (1, have, width):
+        raise WeightsError(
+            f"{tensor.file}: {tensor.name} is {' x '.join(map(str, tensor.shape))}, which is no position embedding of "
+            f"a square of patches and CLS, {width} wide"
+        )
+
+    def compute() -> np.ndarray:
+        old = jnp.asarray(tensor.array()[0].astype(np.float32))
+        return np.asarray(resize_position_embedding(old, wanted)).astype(tensor.dtype)
+
+    new_side = round((wanted - 1) ** 0.5)
+    assert tensor.dtype is not None
+    note = f"{tensor.file}: {tensor.name} interpolated from {side} x {side} to {new_side} x {new_side} patches"
+    return ComputedParameter(row.layout.our_shape, tensor.dtype, compute), note
+
+
+def random_parameters(init: Any, seed: int, parts: Sequence[str]) -> dict[str, Parameter]:
+    """Parameters of `parts` as a run with this `train.seed` would draw them, each computed when it is read."""
+    key = jax.random.fold_in(jax.random.key(seed), 0)  # as `train.build_program` does
+    shapes = flatten(jax.eval_shape(init, key))
+
+    def draw(path: str) -> np.ndarray:
+        return np.asarray(jax.jit(lambda key: flatten(init(key))[path])(key))
+
+    return {
+        path: ComputedParameter(leaf.shape, np.dtype(leaf.dtype), lambda path=path: draw(path))  # type: ignore[misc]
+        for path, leaf in shapes.items()
+        if path.split("/")[0] in parts
+    }

@@ -1,0 +1,218 @@
+"""Export: parameters as safetensors files under official names, in shards with an index, a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Shaped
+
+from emu2_jax.config import LanguageConfig, ModelConfig
+from emu2_jax.errors import WeightsError
+from emu2_jax.weights.files import DTYPES, INDEX_SUFFIX
+from emu2_jax.weights.names import Form
+from emu2_jax.weights.parameters import Index, Parameter, read, whole
+from emu2_jax.weights.state_dict import listed
+from emu2_jax.weights.stream import appearing_whole, check_room
+from emu2_jax.weights.table import Row, Table
+
+#: Bytes of a tensor that are in memory at once.
+PIECE_BYTES = 32 << 20
+#: Bytes of a shard, unless told otherwise. Source: `transformers`, which writes shards of at most 5 GB.
+SHARD_BYTES = 5_000_000_000
+#: Positions that LLaMA was trained on. Source: release `llama_config/config.json`.
+MAX_POSITIONS = 2048
+BOS_ID, EOS_ID, PAD_ID = 1, 2, 32000  # Source: release `emu/emu.py`
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One tensor to write."""
+
+    name: str
+    row: Row
+    layer: int | None
+    parameter: Parameter
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.row.layout.stored_shape) * self.dtype.itemsize
+
+
+def export(
+    parameters: Mapping[str, Parameter],
+    rows: Table,
+    folder: Path,
+    *,
+    dtype: np.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    config: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> list[str]:
+    """Write the rows of a table into `folder`, which appears when all is in it. Returns the names of its files.
+
+    `dtype`: of the files (None: as stored); `shard_bytes`: most bytes of a file, though a tensor is never cut;
+    `config`: goes into config.json. Raises `WeightsError` when a parameter is missing or of another shape, when the
+    disk is too full, or when there is something in `folder` already.
+    """
+    items = list(_items(parameters, rows, dtype))
+    shards = _shards(items, shard_bytes)
+    total = sum(item.nbytes for item in items)
+    check_room(folder, total)
+    stem = "diffusion_pytorch_model" if rows.form in ("unet", "vae") else "model"
+    names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard},
+    }
+    texts = {f"{stem}.safetensors{INDEX_SUFFIX}": index} | ({} if config is None else {"config.json": config})
+    with appearing_whole(folder) as temporary:
+        for name, shard in zip(names, shards, strict=True):
+            with (temporary / name).open("wb") as file:
+                _write_safetensors(file, shard, progress)
+        for name, content in texts.items():
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return [*names, *texts]
+
+
+def _items(parameters: Mapping[str, Parameter], rows: Table, dtype: np.dtype | None) -> Iterator[_Item]:
+    """Every tensor in the order of the table, the tensors of one layer together."""
+    lacking = [row.path for row in rows.rows if row.path not in parameters]
+    if lacking:
+        raise WeightsError(f"form {rows.form!r} needs parameters that are not there: {listed(lacking)}")
+    for stacked, group in groupby(rows.rows, key=lambda row: row.layout.stacked and row.layout.sizes["L"]):
+        members = list(group)
+        for row in members:
+            parameter = parameters[row.path]
+            if tuple(parameter.shape) != row.layout.our_shape:
+                raise WeightsError(f"{row.path}: is {parameter.shape}, the config has {row.layout.our_shape}")
+        layers: Sequence[int | None] = range(row.layout.sizes["L"]) if stacked else (None,)
+        for layer in layers:
+            for row in members:
+                parameter = parameters[row.path]
+                yield _Item(row.names[layer or 0], row, layer, parameter, dtype or parameter.dtype)
+
+
+def _shards(items: Sequence[_Item], shard_bytes: int) -> list[list[_Item]]:
+    shards: list[list[_Item]] = [[]]
+    size = 0
+    for item in items:
+        if shards[-1] and size + item.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.nbytes
+    return shards
+
+
+def _write_safetensors(file: BinaryIO, items: Sequence[_Item], progress: Callable[[int], None]) -> None:
+    """The format: 8 bytes of header length, the header as JSON, the tensors' bytes without gaps."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # `transformers` refuses files that do not say it
+    at = 0
+    for item in items:
+        header[item.name] = {
+            "dtype": _DTYPE_NAMES[item.dtype],
+            "shape": list(item.row.layout.stored_shape),
+            "data_offsets": [at, at + item.nbytes],
+        }
+        at += item.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data starts aligned
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for item in items:
+        for block in _blocks(item):
+            file.write(block.reshape(-1).view(np.uint8).data)
+            progress(block.nbytes)
+
+
+def _blocks(item: _Item) -> Iterator[Shaped[np.ndarray, "..."]]:
+    """The tensor's elements in the order of the file, in runs of its first axis where it is large."""
+    layout = item.row.layout
+    index: Index = whole(layout.layer_shape)
+    letter = layout.stored_letters[0]
+    axis = layout.our_axes.index((letter,)) if (letter,) in layout.our_axes else None
+    size = layout.sizes[letter]
+    runs = max(1, -(-item.nbytes // PIECE_BYTES)) if axis is not None else 1
+    step = -(-size // runs)
+    before = () if item.layer is None else (slice(item.layer, item.layer + 1),)
+    for start in range(0, size, step):
+        part = index if axis is None else (*index[:axis], slice(start, min(start + step, size)), *index[axis + 1 :])
+        array = read(item.parameter, (*before, *part))
+        stored = layout.in_stored_order(array[0] if before else array)
+        yield np.ascontiguousarray(stored if stored.dtype == item.dtype else stored.astype(item.dtype))
+        if axis is None:
+            return
+
+
+def hugging_face_config(form: Form, model: ModelConfig, dtype: np.dtype) -> dict[str, Any] | None:
+    """The config.json that belongs to an exported form; None where there is none.
+
+    Source: release `llama_config/config.json` and `emu_conf.py`; the Hugging Face class reads the same fields.
+    """
+    torch_dtype = _TORCH_NAMES[_DTYPE_NAMES[dtype]]
+    if form == "llama_hf":
+        return {"architectures": ["LlamaForCausalLM"], **_llama_config(model.language), "torch_dtype": torch_dtype}
+    if form != "emu2_hf":
+        return None
+    vision = model.vision
+    return {
+        "architectures": ["EmuForCausalLM"],
+        **_llama_config(model.language),
+        "torch_dtype": torch_dtype,
+        "d_model": vision.width,
+        "vision_config": {
+            "eva_model_name": "eva-clip-4b-14-x",
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "width": vision.width,
+            "layers": vision.num_layers,
+            "head_width": vision.width // vision.num_heads,
+            "mlp_ratio": _mlp_ratio(vision.width, vision.mlp_width),
+            "qkv_bias": True,
+            "drop_path_rate": 0.0,
+            "xattn": False,
+            "postnorm": True,
+            "layer_norm_eps": vision.layer_norm_epsilon,
+            "n_query": model.num_visual_tokens,
+            "v_query": 64,
+        },
+    }
+
+
+def _llama_config(language: LanguageConfig) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": language.vocab_size,
+        "hidden_size": language.width,
+        "intermediate_size": language.mlp_width,
+        "num_hidden_layers": language.num_layers,
+        "num_attention_heads": language.num_heads,
+        "num_key_value_heads": language.num_kv_heads,
+        "rms_norm_eps": language.rms_norm_epsilon,
+        "rope_theta": language.rope_base,
+        "max_position_embeddings": MAX_POSITIONS,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID if language.vocab_size > PAD_ID else None,  # `transformers` wants it in the vocabulary
+        "use_cache": True,
+    }
+
+
+def _mlp_ratio(width: int, mlp_width: int) -> float:
+    """A ratio with int(width x ratio) = mlp_width, as the release computes it."""
+    ratio = mlp_width / width
+    return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)

@@ -1,0 +1,42 @@
+"""Run by `test_placement.py` with 8 devices: files onto a mesh, exact and laid out as the trainer wants."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import tiny
+
+from emu2_jax import sharding
+from emu2_jax.config import MeshConfig
+from emu2_jax.models import emu2
+from emu2_jax.weights import placement
+from emu2_jax.weights.convert import Source, import_weights
+from emu2_jax.weights.state_dict import flatten
+
+
+def main(path: Path) -> None:
+    """Place the tiny model of a file on meshes of all kinds, with runs of one layer and of all."""
+    model = tiny.CONFIG.model
+    wanted = flatten(tiny.random_parameters(lambda key: emu2.init(model, key)))
+    imported = import_weights([Source.open(str(path))], ["visual_encoder", "language_model", "project_up"], model)
+    for mesh_config in (MeshConfig(data=8, fsdp=1), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=4, tensor=2)):
+        mesh = sharding.make_mesh(mesh_config)
+        for block_bytes in (1, 1 << 20):
+            placement.BLOCK_BYTES = block_bytes
+            for name, array in flatten(placement.place(imported.parameters, mesh)).items():
+                np.testing.assert_array_equal(array, wanted[name], err_msg=name, strict=False)
+                spec = sharding.spec(name, array.shape, mesh.shape)
+                assert array.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), array.ndim), name
+    print("same on 8 devices")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
