@@ -18,7 +18,10 @@ Part = Literal["visual_encoder", "project_up", "language_model", "project_down",
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The EVA-CLIP visual encoder. Defaults: EVA-02-CLIP-E-plus at 448 px (paper section 2.1; release)."""
+    """The visual encoder. Defaults: EVA-02-CLIP-E-plus at 448 px (paper section 2.1; release).
+
+    The last six settings are how the ViTs of the CLIP family differ; docs/parity.md lists which model has which.
+    """
 
     image_size: int = 448  #: pixels, side of the square input. 224 in stage 1a.
     patch_size: int = 14  #: pixels
@@ -27,6 +30,12 @@ class VisionConfig:
     num_heads: int = 16
     mlp_width: int = 15360  #: int(1792 x 8.571428571428571)
     layer_norm_epsilon: float = 1e-6
+    block_norm: Literal["post", "pre"] = "post"  #: x + norm(f(x)), or x + f(norm(x))
+    activation: Literal["gelu", "quick_gelu"] = "gelu"  #: exact (erf) GELU, or OpenAI CLIP's x * sigmoid(1.702 x)
+    k_bias: bool = False  #: q and v always have biases; in EVA k has none
+    patch_bias: bool = True  #: of the patch embedding
+    input_norm: bool = False  #: a norm between the position embedding and the first block
+    final_norm: bool = False  #: a norm after the last block
 
     @property
     def grid_size(self) -> int:
@@ -46,11 +55,14 @@ class LanguageConfig:
     mlp_width: int = 17920  #: inner channels of SwiGLU
     rms_norm_epsilon: float = 1e-6
     rope_base: float = 10000.0
+    attention_head_width: int | None = None  #: channels of one attention head; None = width / num_heads
+    qkv_bias: bool = False  #: biases on q, k and v (Qwen2)
+    tied_head: bool = False  #: the output head is the token embedding, transposed
 
     @property
     def head_width(self) -> int:
         """Channels of one attention head."""
-        return self.width // self.num_heads
+        return self.width // self.num_heads if self.attention_head_width is None else self.attention_head_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +109,7 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = ()
     tokenizer: str = ""  #: path of a SentencePiece model
+    special_tokens: Literal["base", "chat"] = "base"  #: Emu2's 272 after the model's pieces, or Emu2-Chat's 274
     row_length: int = 2048  #: L, positions per packed row (paper: sequences of 2048)
     image_slots: int = 24  #: M, images that a packed row can hold
     global_batch_rows: int = 8  #: B, packed rows per optimiser step over all hosts
@@ -249,8 +262,12 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
         "model.num_visual_tokens",
         f"cannot be pooled from a {vision.grid_size} x {vision.grid_size} patch grid: take k x k with k a divisor",
     )
-    _require(language.width % language.num_heads == 0, "model.language.width", "does not divide over num_heads")
-    _require(language.head_width % 2 == 0, "model.language.num_heads", "gives an odd head width; rotary needs pairs")
+    head_width = language.attention_head_width
+    _require(head_width is None or head_width >= 1, "model.language.attention_head_width", "must be at least 1")
+    if head_width is None:
+        _require(language.width % language.num_heads == 0, "model.language.width", "does not divide over num_heads")
+    path = f"model.language.{'num_heads' if head_width is None else 'attention_head_width'}"
+    _require(language.head_width % 2 == 0, path, "gives an odd head width; rotary needs pairs")
     _require(language.num_heads % language.num_kv_heads == 0, "model.language.num_kv_heads", "must divide num_heads")
     _require_positive(config.train, "train", "num_steps", "log_every_steps")
     _require_positive(config.checkpoint, "checkpoint", "every_steps")

@@ -31,13 +31,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"visual_encoder/(patch_bias|class_embedding)", ("fsdp",)),
     (r"visual_encoder/position_embedding", (None, "fsdp")),
     (r"visual_encoder/.*/attention/qkv", ("fsdp", None, "tensor", None)),
-    (r"visual_encoder/.*/attention/[qv]_bias", ("tensor", None)),
+    (r"visual_encoder/.*/attention/[qkv]_bias", ("tensor", None)),
     (r"visual_encoder/.*/mlp/up_bias", ("tensor",)),
     (r"visual_encoder/.*/(out|down)_bias", (None,)),
     # Language model.
     (r"language_model/token_embedding", ("tensor", "fsdp")),
     (r"language_model/head", ("fsdp", "tensor")),
     (r"language_model/.*/attention/[qkv]", ("fsdp", "tensor", None)),
+    (r"language_model/.*/attention/[qkv]_bias", ("tensor", None)),
     # Both.
     (r"(visual_encoder|language_model)/.*/attention/out", ("tensor", None, "fsdp")),
     (r"(visual_encoder|language_model)/.*/mlp/(gate|up)", ("fsdp", "tensor")),

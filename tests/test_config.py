@@ -41,6 +41,8 @@ def test_a_good_config_comes_back_unchanged(tiny_config: ExperimentConfig) -> No
         ("model.language.width", {"model.language.width": 34}),
         ("model.language.num_heads", {"model.language.width": 12, "model.language.num_kv_heads": 4}),
         ("model.language.num_kv_heads", {"model.language.num_kv_heads": 3}),
+        ("model.language.attention_head_width", {"model.language.attention_head_width": 0}),
+        ("model.language.attention_head_width", {"model.language.attention_head_width": 7}),
         ("optimizer.accumulation_steps", {"optimizer.accumulation_steps": 0}),
         ("optimizer.warmup_ratio", {"optimizer.warmup_ratio": 1.0}),
         ("optimizer.warmup_ratio", {"optimizer.warmup_ratio": -0.1}),

@@ -122,7 +122,7 @@ class PretrainTask:
         embeddings = self.visual_embeddings(params, batch)
         hidden = self.hidden(params, batch, embeddings, key)
         targets = self._targets(batch)
-        head = params["language_model"]["head"]
+        head = llama.output_head(params["language_model"])
         block = self.objective.vocab_block_positions
         text = objective_lib.cross_entropy(hidden, head, targets.tokens, targets.text_weights, block_positions=block)
         terms = {"text": text.loss}
@@ -198,12 +198,12 @@ class PretrainTask:
         vision_attention = vision.num_layers * 4 * patches**2 * vision.width
         patch_embedding = 2 * (patches - 1) * 3 * vision.patch_size**2 * vision.width
         encoder = rows * slots * (2 * patches * vision_matrices + vision_attention + patch_embedding)
-        key_value_width = language.num_kv_heads * language.head_width
+        query_width, key_value_width = (n * language.head_width for n in (language.num_heads, language.num_kv_heads))
         language_matrices = language.num_layers * (
-            2 * language.width**2 + 2 * language.width * key_value_width + 3 * language.width * language.mlp_width
+            language.width * (2 * query_width + 2 * key_value_width) + 3 * language.width * language.mlp_width
         )
         head = language.width * language.vocab_size
-        causal_attention = language.num_layers * 2 * length * language.width
+        causal_attention = language.num_layers * 2 * length * query_width
         decoder = rows * length * (2 * (language_matrices + head) + causal_attention)
         projections = 2 * language.width * vision.width * rows * slots * self.model.num_visual_tokens
         if "regression" in self.coefficients:

@@ -1,7 +1,8 @@
 """The visual encoder: EVA-02-CLIP-E-plus, a post-norm ViT.
 
 What differs from the textbook ViT, and trains without an error when it is wrong: the norm sits *after* each sublayer,
-inside the residual branch; there is no final norm; q and v have biases, k has none; GELU is exact.
+inside the residual branch; there is no final norm; q and v have biases, k has none; GELU is exact. `VisionConfig` also
+describes its relatives: EVA-CLIP's pre-norm ViTs and those of CLIP.
 Source: paper section 2.1; release `eva_vit.py` and its model config.
 """
 
@@ -27,7 +28,7 @@ POSITION_INIT_STD = 0.5
 
 #: Of the norms' scales. **open**: a post-norm sublayer adds a vector of exactly this size per channel, so that at 1 the
 #: residual stream of an untrained encoder grows with depth and buries the patch that it started from. Source: the
-#: reasoning of Swin v2 (arXiv 2111.09883), which starts at 0.
+#: reasoning of Swin v2 (arXiv 2111.09883), which starts at 0. Pre-norm blocks start at 1.
 POST_NORM_INIT_SCALE = 0.1
 
 
@@ -37,7 +38,7 @@ def normalize(images: UInt8[Array, "I S S 3"]) -> Float[Array, "I S S 3"]:
 
 
 class Attention(nnx.Module):
-    """Self-attention with one fused qkv product, learned q and v biases, none for k."""
+    """Self-attention with one fused qkv product, learned q and v biases, none for k (in EVA)."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         width, heads = config.width, config.num_heads
@@ -45,6 +46,9 @@ class Attention(nnx.Module):
         self.qkv = layers.kernel((width, 3, heads, head_width), fan_in=width, rngs=rngs)
         self.q_bias = nnx.Param(jnp.zeros((heads, head_width)))
         self.v_bias = nnx.Param(jnp.zeros((heads, head_width)))
+        self.has_k_bias = config.k_bias
+        if config.k_bias:
+            self.k_bias = nnx.Param(jnp.zeros((heads, head_width)))
         self.out = layers.kernel((heads, head_width, width), fan_in=width, rngs=rngs)
         self.out_bias = nnx.Param(jnp.zeros(width))
 
@@ -53,12 +57,24 @@ class Attention(nnx.Module):
         q, k, v = jnp.moveaxis(jnp.einsum("ipd,dchk->ipchk", x, self.qkv[...].astype(dtype)), 2, 0)
         q += self.q_bias[...].astype(dtype)
         v += self.v_bias[...].astype(dtype)
+        if self.has_k_bias:
+            k += self.k_bias[...].astype(dtype)
         mixed = layers.attend(q, k, v)
         return jnp.einsum("iphk,hkd->ipd", mixed, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
 
 
+def gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Exact (erf) GELU, not its tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """OpenAI CLIP's activation, x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 class MLP(nnx.Module):
-    """Two products with exact (erf) GELU between them."""
+    """Two products with GELU between them."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         width, inner = config.width, config.mlp_width
@@ -66,29 +82,35 @@ class MLP(nnx.Module):
         self.up_bias = nnx.Param(jnp.zeros(inner))
         self.down = layers.kernel((inner, width), fan_in=inner, rngs=rngs)
         self.down_bias = nnx.Param(jnp.zeros(width))
+        self.activation = {"gelu": gelu, "quick_gelu": quick_gelu}[config.activation]
 
     def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
         dtype = x.dtype
         inner = jnp.einsum("ipd,df->ipf", x, self.up[...].astype(dtype)) + self.up_bias[...].astype(dtype)
-        inner = jax.nn.gelu(inner, approximate=False)
-        return jnp.einsum("ipf,fd->ipd", inner, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
+        return jnp.einsum("ipf,fd->ipd", self.activation(inner), self.down[...].astype(dtype)) + self.down_bias[
+            ...
+        ].astype(dtype)
 
 
 class Block(nnx.Module):
-    """x + norm(attention(x)), then x + norm(mlp(x))."""
+    """x + norm(attention(x)), then x + norm(mlp(x)); pre-norm blocks have the norms inside."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         self.attention = Attention(config, rngs=rngs)
         self.attention_norm = self._norm(config)
         self.mlp = MLP(config, rngs=rngs)
         self.mlp_norm = self._norm(config)
+        self.is_pre_norm = config.block_norm == "pre"
 
     @staticmethod
     def _norm(config: VisionConfig) -> layers.LayerNorm:
-        epsilon = config.layer_norm_epsilon
-        return layers.LayerNorm(config.width, epsilon=epsilon, initial_scale=POST_NORM_INIT_SCALE)
+        scale = POST_NORM_INIT_SCALE if config.block_norm == "post" else 1.0
+        return layers.LayerNorm(config.width, epsilon=config.layer_norm_epsilon, initial_scale=scale)
 
     def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
+        if self.is_pre_norm:
+            x = x + self.attention(self.attention_norm(x))
+            return x + self.mlp(self.mlp_norm(x))
         x = x + self.attention_norm(self.attention(x))
         return x + self.mlp_norm(self.mlp(x))
 
@@ -100,21 +122,30 @@ class VisualEncoder(nnx.Module):
         self.config = config
         patch_inputs = config.patch_size**2 * 3
         self.patch_kernel = layers.kernel((patch_inputs, config.width), fan_in=patch_inputs, rngs=rngs)
-        self.patch_bias = nnx.Param(jnp.zeros(config.width))
+        if config.patch_bias:
+            self.patch_bias = nnx.Param(jnp.zeros(config.width))
         self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.width,)))
         position_shape = (1 + config.grid_size**2, config.width)
         self.position_embedding = nnx.Param(POSITION_INIT_STD * jax.random.normal(rngs.params(), position_shape))
+        if config.input_norm:
+            self.input_norm = layers.LayerNorm(config.width, epsilon=config.layer_norm_epsilon)
         self.blocks = Stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs)
+        if config.final_norm:
+            self.final_norm = layers.LayerNorm(config.width, epsilon=config.layer_norm_epsilon)
 
     def __call__(self, images: Float[Array, "I S S 3"], *, remat: Remat = "none") -> Float[Array, "I P D"]:
         """Embeddings of normalised images, P = 1 + grid_size^2, CLS first, in the dtype of `images`."""
         dtype = images.dtype
         patches = patchify(images, self.config.patch_size)
-        x = patches @ self.patch_kernel[...].astype(dtype) + self.patch_bias[...].astype(dtype)
+        x = patches @ self.patch_kernel[...].astype(dtype)
+        if self.config.patch_bias:
+            x += self.patch_bias[...].astype(dtype)
         cls = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding[...].astype(dtype)
+        if self.config.input_norm:
+            x = self.input_norm(x)
         x, _ = self.blocks.scan(lambda block, x, _: (block(x), None), x, remat=remat)
-        return x
+        return self.final_norm(x) if self.config.final_norm else x
 
 
 def patchify(images: Float[Array, "I S S 3"], patch_size: int) -> Float[Array, "I P C"]:

@@ -1,7 +1,8 @@
 """The multimodal modelling part: a LLaMA decoder that reads embeddings and gives hidden states.
 
 Source: LLaMA (arXiv 2302.13971) as in `transformers`: pre-norm RMSNorm, rotary positions in the half-split layout,
-SwiGLU, no biases, untied output head.
+SwiGLU, no biases, untied output head. `LanguageConfig` also describes its relatives: grouped-query attention, heads of
+another width, biases on q, k and v (Qwen2), a head tied to the token embedding.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emu2_jax.config import LanguageConfig
 from emu2_jax.models import layers
 from emu2_jax.models.stack import Remat, Stack
+from emu2_jax.task import Params
 
 
 class KeyValueCache(NamedTuple):
@@ -40,7 +42,12 @@ class Attention(nnx.Module):
         self.q = layers.kernel((width, config.num_heads, head_width), fan_in=width, rngs=rngs)
         self.k = layers.kernel((width, config.num_kv_heads, head_width), fan_in=width, rngs=rngs)
         self.v = layers.kernel((width, config.num_kv_heads, head_width), fan_in=width, rngs=rngs)
-        self.out = layers.kernel((config.num_heads, head_width, width), fan_in=width, rngs=rngs)
+        self.out = layers.kernel((config.num_heads, head_width, width), fan_in=config.num_heads * head_width, rngs=rngs)
+        self.has_bias = config.qkv_bias
+        if config.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((config.num_heads, head_width)))
+            self.k_bias = nnx.Param(jnp.zeros((config.num_kv_heads, head_width)))
+            self.v_bias = nnx.Param(jnp.zeros((config.num_kv_heads, head_width)))
 
     def __call__(
         self,
@@ -51,9 +58,15 @@ class Attention(nnx.Module):
         cache_index: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
         dtype = x.dtype
-        q = layers.rotate(jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(dtype)), positions, base=self.rope_base)
-        k = layers.rotate(jnp.einsum("btd,dgk->btgk", x, self.k[...].astype(dtype)), positions, base=self.rope_base)
+        q = jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(dtype))
+        k = jnp.einsum("btd,dgk->btgk", x, self.k[...].astype(dtype))
         v = jnp.einsum("btd,dgk->btgk", x, self.v[...].astype(dtype))
+        if self.has_bias:
+            q += self.q_bias[...].astype(dtype)
+            k += self.k_bias[...].astype(dtype)
+            v += self.v_bias[...].astype(dtype)
+        q = layers.rotate(q, positions, base=self.rope_base)
+        k = layers.rotate(k, positions, base=self.rope_base)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), cache_index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), cache_index, axis=1)
@@ -107,7 +120,9 @@ class LanguageModel(nnx.Module):
         self.token_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.width)))
         self.blocks = Stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs)
         self.final_norm = layers.RMSNorm(config.width, epsilon=config.rms_norm_epsilon)
-        self.head = layers.kernel((config.width, config.vocab_size), fan_in=config.width, rngs=rngs)
+        self.tied_head = config.tied_head
+        if not config.tied_head:
+            self.head = layers.kernel((config.width, config.vocab_size), fan_in=config.width, rngs=rngs)
 
     def embed(self, tokens: Int[Array, "*axes"], dtype: jnp.dtype) -> Float[Array, "*axes D"]:
         """Token embeddings in the compute dtype."""
@@ -145,5 +160,10 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*axes D"]) -> Float[Array, "*axes V"]:
         """Scores over the vocabulary, float32."""
-        head = self.head[...].astype(hidden.dtype)
+        head = (self.token_embedding[...].T if self.tied_head else self.head[...]).astype(hidden.dtype)
         return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def output_head(params: Params) -> Float[Array, "D V"]:
+    """The output head among a language model's parameters; a tied one is the token embedding, transposed."""
+    return params["head"] if "head" in params else params["token_embedding"].T

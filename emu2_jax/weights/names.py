@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, get_args
 
 from emu2_jax.config import DecoderConfig, LanguageConfig, ModelConfig, VisionConfig
+from emu2_jax.errors import WeightsError
 from emu2_jax.weights import diffusers_names
 from emu2_jax.weights.layout import Layout
 from emu2_jax.weights.table import Row, Table
@@ -71,6 +72,17 @@ LLAMA = (
     ("lm_head.weight",                                  "V D",      "head",                                "D V"),
 )
 
+#: What a model has besides when its config says so: biases on q, k and v (Qwen2), the final norm that Emu2 drops.
+QKV_BIASES = (
+    ("model.layers.{L}.self_attn.q_proj.bias",          "(H K)",    "blocks/layers/attention/q_bias",      "L H K"),
+    ("model.layers.{L}.self_attn.k_proj.bias",          "(G K)",    "blocks/layers/attention/k_bias",      "L G K"),
+    ("model.layers.{L}.self_attn.v_proj.bias",          "(G K)",    "blocks/layers/attention/v_bias",      "L G K"),
+)
+FINAL_NORM = (
+    ("norm.weight",                       "D",           "final_norm/scale",                       "D"),
+    ("norm.bias",                         "D",           "final_norm/bias",                        "D"),
+)
+
 #: The connector, without biases.
 CONNECTOR = (
     ("project_up.weight",   "D E", "project_up/kernel",   "E D"),
@@ -88,6 +100,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 # fmt: on
 
 _INV_FREQ = (r".*rotary_emb\.inv_freq", "the rotary frequencies, which follow from the config")
+_TIED = ("lm_head.weight", "the output head, which model.language.tied_head ties to the token embedding")
 _POOLING = "EVA-CLIP's final norm and head: Emu2 reads the patches before them"
 _TEXT = "EVA-CLIP's text tower: Emu2 has a language model instead"
 
@@ -112,7 +125,8 @@ SKIPPED: Mapping[Form, tuple[tuple[str, str], ...]] = {
 
 def table(form: Form, model: ModelConfig, decoder: DecoderConfig | None = None) -> Table:
     """The table of `form` for a model of this size (`decoder`: for the U-Net's size; None = Emu2's)."""
-    return Table(form, tuple(_rows(form, model, decoder or DecoderConfig())), SKIPPED[form])
+    tied = (_TIED,) if form == "llama_hf" and model.language.tied_head else ()
+    return Table(form, tuple(_rows(form, model, decoder or DecoderConfig())), (*SKIPPED[form], *tied))
 
 
 def official_shapes(form: Form, model: ModelConfig, decoder: DecoderConfig | None = None) -> dict[str, tuple[int, ...]]:
@@ -151,7 +165,10 @@ def _eva(prefix: str, config: VisionConfig) -> Iterator[Row]:
         "x": config.patch_size,
         "c": 3,
     }
-    for name, stored, path, ours in EVA:
+    for setting, wanted in (("k_bias", False), ("patch_bias", True), ("input_norm", False)):
+        if getattr(config, setting) != wanted:
+            raise WeightsError(f"model.vision.{setting}: is {not wanted}, which no encoder of the EVA-CLIP family has")
+    for name, stored, path, ours in (*EVA, *(FINAL_NORM if config.final_norm else ())):
         yield Row(prefix + name, f"visual_encoder/{path}", Layout(stored, ours, sizes))
 
 
@@ -165,7 +182,9 @@ def _llama(prefix: str, config: LanguageConfig) -> Iterator[Row]:
         "F": config.mlp_width,
         "V": config.vocab_size,
     }
-    for name, stored, path, ours in LLAMA:
+    for name, stored, path, ours in (*LLAMA, *(QKV_BIASES if config.qkv_bias else ())):
+        if path == "head" and config.tied_head:
+            continue
         yield Row(prefix + name, f"language_model/{path}", Layout(stored, ours, sizes))
 
 
