@@ -8,9 +8,8 @@ a batch write the same cache slot.
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from emu2_jax.errors import UserError
 from emu2_jax.models import emu2
 from emu2_jax.models.llama import KeyValueCache
 from emu2_jax.task import Params
-from emu2_jax.tokenizer import Tokenizer
+from emu2_jax.tokenizer import IMAGE_START, Picture, Tokenizer
 
 #: Prompts are padded to a multiple of this many positions, so that few lengths are ever compiled.
 LENGTH_BUCKET = 32
@@ -72,9 +71,9 @@ class Generator:
 
     def image_embeddings(self, prompts: Sequence[Sequence[Link]]) -> Float[np.ndarray, "B N E"]:
         """The N visual embeddings of the image that follows each prompt (`[IMG]` is appended to it)."""
-        return np.asarray(self._image(self.params, self._batch(prompts, tail=[self.tokenizer.image_start_id])))
+        return np.asarray(self._image(self.params, self._batch(prompts, tail=IMAGE_START)))
 
-    def _batch(self, prompts: Sequence[Sequence[Link]], tail: Sequence[int] = ()) -> PromptBatch:
+    def _batch(self, prompts: Sequence[Sequence[Link]], tail: str = "") -> PromptBatch:
         rows = [self._elements(prompt, tail) for prompt in prompts]
         longest = max(len(ids) for ids, _ in rows)
         length = -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET
@@ -96,31 +95,23 @@ class Generator:
         arrays = (tokens, positions, present, is_visual, visual_index, pictures)
         return PromptBatch(*(jnp.asarray(array) for array in arrays))
 
-    def _elements(self, prompt: Sequence[Link], tail: Sequence[int]) -> tuple[list[int], list[np.ndarray]]:
-        """`<s>`, then the links: token ids, with `[IMG] <image> x N [/IMG]` where an image lies.
-
-        Neighbouring texts are one text, and white space next to an image is dropped, as next to any special token.
-        """
-        tokenizer = self.tokenizer
-        ids: list[int] = [tokenizer.bos_id]
+    def _elements(self, prompt: Sequence[Link], tail: str) -> tuple[list[int], list[np.ndarray]]:
+        """`<s>`, then the links and the tail: token ids, with `[IMG] <image> x N [/IMG]` where an image lies."""
+        links: list[str | Picture] = []
         images: list[np.ndarray] = []
-        for is_text, links in itertools.groupby(prompt, key=lambda link: isinstance(link, str)):
-            if is_text:
-                ids += tokenizer.encode("".join(cast(Iterable[str], links)).strip())
-                continue
-            for link in cast(Iterable[np.ndarray], links):
-                ids += self._picture(link)
+        for link in prompt:
+            if isinstance(link, str):
+                links.append(link)
+            else:
+                self._check_size(link)
+                links.append(Picture(self.config.num_visual_tokens))
                 images.append(link)
-        if ids.count(tokenizer.image_id) != len(images) * self.config.num_visual_tokens:
-            raise UserError("prompt: the text holds <image>, which stands for an image; give the image itself")
-        return [*ids, *tail], images
+        return self.tokenizer.encode_prompt([*links, tail]), images
 
-    def _picture(self, image: np.ndarray) -> list[int]:
-        tokenizer, size = self.tokenizer, self.config.vision.image_size
+    def _check_size(self, image: np.ndarray) -> None:
+        size = self.config.vision.image_size
         if image.shape != (size, size, 3):
             raise UserError(f"prompt image has shape {image.shape}; the encoder reads ({size}, {size}, 3)")
-        embeddings = [tokenizer.image_id] * self.config.num_visual_tokens
-        return [tokenizer.image_start_id, *embeddings, tokenizer.image_end_id]
 
 
 def _until(ids: list[int], end_id: int) -> list[int]:

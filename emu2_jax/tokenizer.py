@@ -5,24 +5,27 @@ with LLaMA's 32000 pieces `[PAD]` is 32000 and `<patch_index_0256>` 32271.
 
 The release ran LLaMA's tokenizer in its *legacy* mode, which decides how text around a special token is split: white
 space on both sides of a special token is dropped, and each stretch of text between special tokens is encoded on its
-own, so it starts with SentencePiece's dummy-prefix space ("cat" and " cat" give the same ids there).
+own, so it starts with SentencePiece's dummy-prefix space ("cat" and " cat" give the same ids there). `<s>` and `</s>`
+in a text count as special tokens, `<unk>` does too but keeps the white space around it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 
-from emu2_jax.errors import DataError
+from emu2_jax.errors import DataError, UserError
 
 PAD = "[PAD]"
 IMAGE_START = "[IMG]"
 IMAGE_END = "[/IMG]"
 IMAGE = "<image>"
+FRAME = "[gIMG]"
 VIDEO = "[VIDEO]"
 
 #: The largest location index: coordinates run 0..224 in the paper; the release reserves 257 tokens.
@@ -31,11 +34,42 @@ NUM_PATCH_INDEX_TOKENS = 257
 #: Source: release, constants.py and tokenizer files; ids follow the SentencePiece model's in this order.
 BASE_SPECIAL_TOKENS: tuple[str, ...] = (
     PAD,
-    *(IMAGE_START, IMAGE_END, IMAGE, "[gIMG]", "[/gIMG]", "[EOC]", VIDEO),
+    *(IMAGE_START, IMAGE_END, IMAGE, FRAME, "[/gIMG]", "[EOC]", VIDEO),
     *("<grounding>", "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<REC>"),
     *(f"<patch_index_{i:04d}>" for i in range(NUM_PATCH_INDEX_TOKENS)),
 )
 CHAT_SPECIAL_TOKENS: tuple[str, ...] = (*BASE_SPECIAL_TOKENS, "[USER]", "[ASSISTANT]")
+
+#: By the name that the setting `data.special_tokens` has for them.
+SPECIAL_TOKENS: Mapping[str, tuple[str, ...]] = {"base": BASE_SPECIAL_TOKENS, "chat": CHAT_SPECIAL_TOKENS}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The place of a still image in a prompt: `[IMG]`, `<image>` x N, `[/IMG]`."""
+
+    num_visual_tokens: int
+
+    @property
+    def text(self) -> str:
+        """The tokens by name."""
+        return IMAGE_START + IMAGE * self.num_visual_tokens + IMAGE_END
+
+
+@dataclass(frozen=True)
+class Video:
+    """The place of a video in a prompt: `[VIDEO]`, then `[IMG]`, `[gIMG]` x N, `[/IMG]` for each frame."""
+
+    num_frames: int
+    num_visual_tokens: int  #: of each frame
+
+    @property
+    def text(self) -> str:
+        """The tokens by name."""
+        return VIDEO + (IMAGE_START + FRAME * self.num_visual_tokens + IMAGE_END) * self.num_frames
+
+
+Prompt = Sequence[str | Picture | Video]
 
 
 class Tokenizer:
@@ -57,7 +91,6 @@ class Tokenizer:
             raise DataError(f"{path}: is not a SentencePiece model") from error
         num_pieces: int = self._pieces.GetPieceSize()
         self.special_ids = {token: num_pieces + i for i, token in enumerate(special_tokens)}
-        self._special_names = {i: token for token, i in self.special_ids.items()}
         # Trying 272 alternatives at every character would take longer than the encoding itself: all special tokens have
         # one of two shapes, and only what has that shape is looked up.
         self._split = re.compile(r"\[/?\w+\]|</?\w+/?>")
@@ -68,6 +101,13 @@ class Tokenizer:
         self.image_start_id = self.special_ids[IMAGE_START]
         self.image_end_id = self.special_ids[IMAGE_END]
         self.image_id = self.special_ids[IMAGE]
+        self.frame_id = self.special_ids[FRAME]
+        self.video_id = self.special_ids[VIDEO]
+        # What encode() recognises: also the SentencePiece model's own <s>, </s> and <unk>.
+        control = {self._pieces.IdToPiece(i): i for i in (self.bos_id, self.eos_id, self._pieces.unk_id()) if i >= 0}
+        self._keeps_space = self._pieces.IdToPiece(self._pieces.unk_id())
+        self._known = {**control, **self.special_ids}
+        self._names = {i: token for token, i in self._known.items()}
         #: Changes whenever the same text could give other ids; stored with everything measured in tokens.
         self.fingerprint = hashlib.sha256(proto + "\0".join(special_tokens).encode()).hexdigest()[:16]
 
@@ -77,21 +117,60 @@ class Tokenizer:
         "a [IMG] b" gives the ids of "a", [IMG], "b": white space next to a special token is dropped.
         """
         ids: list[int] = []
-        start = 0
+        start, strips_right = 0, False
         for match in self._split.finditer(text):
-            if match.group() not in self.special_ids:
+            token = match.group()
+            if token not in self._known:
                 continue
-            ids += self._encode_stretch(text[start : match.start()], after_special=start > 0, before_special=True)
-            ids.append(self.special_ids[match.group()])
-            start = match.end()
-        return ids + self._encode_stretch(text[start:], after_special=start > 0, before_special=False)
+            strips = token != self._keeps_space
+            ids += self._encode_stretch(text[start : match.start()], left=strips_right, right=strips)
+            ids.append(self._known[token])
+            start, strips_right = match.end(), strips
+        return ids + self._encode_stretch(text[start:], left=strips_right, right=False)
 
-    def _encode_stretch(self, text: str, *, after_special: bool, before_special: bool) -> list[int]:
-        if after_special:
-            text = text.lstrip()
-        if before_special:
-            text = text.rstrip()
-        return self.encode_plain(text)
+    def _encode_stretch(self, text: str, *, left: bool, right: bool) -> list[int]:
+        """Ids of the text between two special tokens, without the white space on the sides that are named."""
+        text = text.lstrip() if left else text
+        return self.encode_plain(text.rstrip() if right else text)
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """`<s>`, then the links one after the other: texts with special tokens recognised, pictures and videos.
+
+        Raises `UserError` when a text holds `<image>` or `[gIMG]`: they stand for embeddings that would not be there.
+        """
+        for link in prompt:
+            for name in (IMAGE, FRAME):
+                if isinstance(link, str) and name in link:
+                    raise UserError(f"prompt: the text holds {name}, which stands for an image; give the image itself")
+        return [self.bos_id, *self.encode("".join(link if isinstance(link, str) else link.text for link in prompt))]
+
+    def decode_prompt(self, ids: Sequence[int]) -> list[str | Picture | Video]:
+        """The prompt that `encode_prompt` makes these ids of: a leading `<s>` goes, other special tokens are named.
+
+        An image that has no end, or holds anything but its own placeholders, is shown as text.
+        """
+        codes = "".join(self._PROMPT_CODES.get(self._names.get(i, ""), ".") for i in ids)
+        prompt: list[str | Picture | Video] = []
+        start = 1 if ids and ids[0] == self.bos_id else 0
+
+        def add_text(end: int) -> None:
+            if end > start:
+                prompt.append(self.decode(ids[start:end]))
+
+        for match in self._PLACEHOLDERS.finditer(codes, start):
+            add_text(match.start())
+            frames = match.group("frames")
+            if frames is None:
+                prompt.append(Picture(len(match.group()) - 2))
+            else:
+                prompt.append(Video(frames.count("("), len(match.group("frame"))))
+            start = match.end()
+        add_text(len(ids))
+        return prompt
+
+    #: One letter for each token that makes up an image or a video, so that a regular expression can find them.
+    _PROMPT_CODES: Mapping[str, str] = {IMAGE_START: "(", IMAGE_END: ")", IMAGE: "i", FRAME: "f", VIDEO: "v"}
+    _PLACEHOLDERS = re.compile(r"\(i+\)|v(?P<frames>\((?P<frame>f+)\)(?:\((?P=frame)\))*)")
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of text from a corpus: a special token's name in it is text like any other.
@@ -105,7 +184,10 @@ class Tokenizer:
         return [len(ids) for ids in self._pieces.EncodeAsIds(list(texts))] if texts else []
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """Text of token ids; `<s>`, `</s>` and special tokens are shown by name or skipped."""
+        """Text of token ids; `<s>`, `</s>` and special tokens are shown by name, with spaces around them, or skipped.
+
+        Ids on both sides of a skipped token are decoded together, as the release does.
+        """
         parts: list[str] = []
         stretch: list[int] = []
 
@@ -114,13 +196,11 @@ class Tokenizer:
                 parts.append(self._pieces.DecodeIds(stretch))
                 stretch.clear()
 
-        names = {**self._special_names, self.bos_id: "<s>", self.eos_id: "</s>"}
         for i in map(int, ids):
-            if i in names:
-                flush()
-                if not skip_special_tokens:
-                    parts.append(names[i])
-            else:
+            if i not in self._names:
                 stretch.append(i)
+            elif not skip_special_tokens:
+                flush()
+                parts.append(self._names[i])
         flush()
         return " ".join(parts)

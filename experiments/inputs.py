@@ -16,7 +16,7 @@ from emu2_jax.errors import ConfigError
 from emu2_jax.models.emu2 import PretrainTask
 from emu2_jax.sequence import RowShape, batch_shapes
 from emu2_jax.task import Task
-from emu2_jax.tokenizer import Tokenizer
+from emu2_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from emu2_jax.train import HostBatch
 
 
@@ -80,11 +80,12 @@ def open_tokenizer(config: ExperimentConfig) -> Tokenizer:
     """The run's tokenizer. Raises `ConfigError` when the model's vocabulary is of another size."""
     if not config.data.tokenizer:
         raise ConfigError("data.tokenizer: names no file; give the path of a SentencePiece model")
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = Tokenizer(config.data.tokenizer, SPECIAL_TOKENS[config.data.special_tokens])
     if tokenizer.vocab_size != config.model.language.vocab_size:
         raise ConfigError(
             f"model.language.vocab_size: is {config.model.language.vocab_size}, but {config.data.tokenizer} has "
-            f"{tokenizer.vocab_size} with the special tokens; set it to {tokenizer.vocab_size}"
+            f"{tokenizer.vocab_size} with data.special_tokens = {config.data.special_tokens}; set it to "
+            f"{tokenizer.vocab_size}"
         )
     return tokenizer
 

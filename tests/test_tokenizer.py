@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
 from emu2_jax import tokenizer as tokenizer_lib
-from emu2_jax.errors import DataError
-from emu2_jax.tokenizer import CHAT_SPECIAL_TOKENS, Tokenizer
+from emu2_jax.errors import DataError, UserError
+from emu2_jax.tokenizer import CHAT_SPECIAL_TOKENS, SPECIAL_TOKENS, Picture, Prompt, Tokenizer, Video
+
+GOLDEN = Path(__file__).parent / "golden" / "tokenizer.json"
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +158,88 @@ def test_a_missing_or_foreign_model_file_is_one_clear_line(tmp_path: Path) -> No
 def test_the_released_vocabulary_has_272_special_tokens() -> None:
     assert len(tokenizer_lib.BASE_SPECIAL_TOKENS) == 272
     assert len(set(CHAT_SPECIAL_TOKENS)) == len(CHAT_SPECIAL_TOKENS) == 274
+
+
+def test_the_models_own_control_tokens_are_recognised(tokenizer: Tokenizer) -> None:
+    """White space goes on both sides of <s> and </s>, and stays next to <unk>, as in the release."""
+    cat, sun = tokenizer.encode("a cat"), tokenizer.encode("the sun")
+    assert tokenizer.encode("a cat</s>the sun") == [*cat, tokenizer.eos_id, *sun]
+    assert tokenizer.encode("<s> a cat </s> the sun") == [tokenizer.bos_id, *cat, tokenizer.eos_id, *sun]
+    assert tokenizer.encode("a cat<unk>the sun") == [*cat, 0, *sun]
+    assert tokenizer.encode("a cat <unk> the sun") == [*tokenizer.encode("a cat "), 0, *tokenizer.encode(" the sun")]
+
+
+def test_what_lies_around_a_skipped_token_is_decoded_together(tokenizer: Tokenizer) -> None:
+    """A piece from the middle of a word goes on where the text stopped, whatever stood in between."""
+    word, middle = tokenizer.encode("cat"), tokenizer.encode("cats")[-1]
+    ids = [*word, tokenizer.image_start_id, middle]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == tokenizer.decode([*word, middle])
+
+
+PROMPTS: tuple[tuple[Prompt, str], ...] = (
+    ([], ""),
+    (["a cat"], "a cat"),
+    ([Picture(2)], "[IMG]<image><image>[/IMG]"),
+    (["a cat", Picture(3), "the sun"], "a cat[IMG]<image><image><image>[/IMG]the sun"),
+    ([Picture(1), Picture(1), "two cats"], "[IMG]<image>[/IMG][IMG]<image>[/IMG]two cats"),
+    ([Video(2, 2), "the sun"], "[VIDEO][IMG][gIMG][gIMG][/IMG][IMG][gIMG][gIMG][/IMG]the sun"),
+    ([Video(1, 1), Picture(1)], "[VIDEO][IMG][gIMG][/IMG][IMG]<image>[/IMG]"),
+    (
+        ["[USER] a cat", Picture(1), "[ASSISTANT] the sun </s>"],
+        "[USER] a cat[IMG]<image>[/IMG][ASSISTANT] the sun </s>",
+    ),
+)
+
+
+@pytest.mark.parametrize(("prompt", "text"), PROMPTS)
+def test_prompts_become_ids_and_come_back(prompt: Prompt, text: str, sentencepiece_model: Path) -> None:
+    """The ids are those of the prompt as the release writes it, after <s>."""
+    tokenizer = Tokenizer(sentencepiece_model, CHAT_SPECIAL_TOKENS)
+    ids = tokenizer.encode_prompt(prompt)
+    assert ids == [tokenizer.bos_id, *tokenizer.encode(text)]
+    assert tokenizer.decode_prompt(ids) == list(prompt)
+
+
+def test_neighbouring_texts_are_one_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_prompt(["a red ", "apple"]) == tokenizer.encode_prompt(["a red apple"])
+
+
+@pytest.mark.parametrize("text", ["a <image> cat", "[gIMG]"])
+def test_a_placeholder_in_a_text_is_refused(text: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(
+        UserError, match=r"^prompt: the text holds \S+, which stands for an image; give the image itself$"
+    ):
+        tokenizer.encode_prompt([Picture(1), text])
+
+
+@pytest.mark.parametrize(
+    "text", ["a cat [IMG] <image>", "[IMG] <image> [gIMG] [/IMG]", "[VIDEO] a cat", "[IMG] [/IMG]"]
+)
+def test_what_is_not_a_whole_image_is_shown_as_text(text: str, tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode_prompt(tokenizer.encode(text)) == [text]
+
+
+def test_frames_of_two_sizes_are_not_one_video(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(Video(2, 2).text + "[IMG][gIMG][/IMG]")
+    assert tokenizer.decode_prompt(ids) == [Video(2, 2), "[IMG] [gIMG] [/IMG]"]
+
+
+@pytest.fixture(scope="module")
+def llama_file() -> Path:
+    path = os.environ.get("EMU2_LLAMA_TOKENIZER")
+    if path is None:
+        pytest.skip("EMU2_LLAMA_TOKENIZER does not name LLaMA's tokenizer.model")
+    return Path(path)
+
+
+@pytest.mark.parametrize("vocabulary", SPECIAL_TOKENS)
+def test_ids_with_llamas_own_file_are_those_of_the_released_tokenizer(vocabulary: str, llama_file: Path) -> None:
+    """The golden ids come from `transformers` 4.31, which the release used; `make test-parity` asks it again."""
+    golden = json.loads(GOLDEN.read_text())
+    assert hashlib.sha256(llama_file.read_bytes()).hexdigest() == golden["sha256"], "not LLaMA's first tokenizer.model"
+    tokenizer = Tokenizer(llama_file, SPECIAL_TOKENS[vocabulary])
+    expected = golden[vocabulary]
+    assert tokenizer.vocab_size == expected["vocab_size"] == {"base": 32272, "chat": 32274}[vocabulary]
+    for text, ids, decoded in zip(golden["texts"], expected["ids"], expected["decoded"], strict=True):
+        assert [tokenizer.bos_id, *tokenizer.encode(text)] == ids, repr(text)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == decoded, repr(text)
