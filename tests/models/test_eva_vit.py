@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,6 +155,16 @@ def test_the_tolerance_is_tight_enough_to_see(
     mistake: Mistake, params: Any, images: np.ndarray, pooled: np.ndarray
 ) -> None:
     assert not np.allclose(pooled, pooled_reference(images, params, mistake), rtol=RTOL, atol=ATOL)
+
+
+def test_timm_agrees_with_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EVA-02-CLIP-E-plus as timm has it, by its golden file: what was read here is what others read."""
+    golden = goldens.load(goldens.CASES["emu2"])
+    monkeypatch.setitem(globals(), "CONFIG", goldens.CASES["emu2"].vision)
+    images = golden.inputs["images"].reshape(-1, 8, 8, 3)
+    expected = pooled_reference(images, golden.params["visual_encoder"]).reshape(2, -1, 8)
+    present = np.repeat(golden.inputs["image_mask"], 4, axis=1)[:, :, None]
+    np.testing.assert_allclose(golden.forward["embeddings"], expected * present, rtol=RTOL, atol=ATOL)
 
 
 def test_the_parameters_are_those_of_the_description(params: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +67,7 @@ def attention(x: np.ndarray, params: Any, positions: np.ndarray, mask: np.ndarra
         key_head = head % CONFIG.num_kv_heads if mistake.key_heads_in_turn else head // shared
         q = rotate(x @ params["q"][:, head], positions, mistake)
         k = rotate(x @ params["k"][:, key_head], positions, mistake)
-        scores = np.where(mask, q @ k.T / np.sqrt(CONFIG.width / CONFIG.num_heads), -np.inf)
+        scores = np.where(mask, q @ k.T / np.sqrt(CONFIG.head_width), -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         out += weights @ (x @ params["v"][:, key_head]) @ params["out"][head]
@@ -186,6 +187,23 @@ def test_logits_are_float32_products_with_the_untied_head(graphdef: nnx.GraphDef
     model = nnx.merge(graphdef, params)
     np.testing.assert_allclose(model.logits(jnp.asarray(hidden)), hidden @ params["head"], rtol=1e-4, atol=1e-5)
     assert model.logits(jnp.asarray(hidden, jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_transformers_agrees_with_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its LLaMA (grouped queries, heads of another width, tied head) by its golden file."""
+    case = goldens.CASES["llama_grouped_tied"]
+    golden = goldens.load(case)
+    monkeypatch.setitem(globals(), "CONFIG", case.language)
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float64), golden.params)
+    length = golden.inputs["tokens"].shape[1]
+    positions, mask = np.arange(length), np.tril(np.ones((length, length), bool))
+    mistake = Mistake(rope_base=case.language.rope_base)
+    for tokens, hidden, logits in zip(
+        golden.inputs["tokens"], golden.forward["hidden"], golden.forward["logits"], strict=True
+    ):
+        expected = reference(params["token_embedding"][tokens], params, positions, mask, mistake)
+        np.testing.assert_allclose(hidden, expected, rtol=RTOL, atol=ATOL)
+        np.testing.assert_allclose(logits, expected @ params["token_embedding"].T, rtol=RTOL, atol=ATOL)
 
 
 def test_the_parameters_are_those_of_the_description(params: Any) -> None:
