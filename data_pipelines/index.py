@@ -20,20 +20,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 from tqdm import tqdm
 
+from data_pipelines.grounding import count_grounded, decode_grounded
+from data_pipelines.kinds import PAIR_KINDS, TEXT_SUFFIX, Kind, SampleError, check_text_size, decode_caption, part_slot
 from data_pipelines.shards import ShardReader
 from emu2_jax.errors import DataError
 from emu2_jax.tokenizer import Tokenizer
-
-Kind = Literal["image_text", "interleaved", "text"]
-
-IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp"})
-TEXT_SUFFIX = "txt"
 
 #: Changes whenever the arrays of an index change their meaning: older files are rebuilt.
 INDEX_VERSION = 1
@@ -220,15 +217,6 @@ def _read_pax(path: str, position: int, data: bytes, extended: _Extended) -> Non
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
-class SampleError(DataError):
-    """One sample cannot be used; `cause` is the word it is counted under."""
-
-    def __init__(self, cause: str, detail: str) -> None:
-        super().__init__(f"{cause}: {detail}")
-        self.cause = cause
-        self.detail = detail
-
-
 @dataclass(frozen=True)
 class BadSample:
     """A sample (or one image of a document) that was left out: why, and where it lies."""
@@ -243,20 +231,6 @@ class BadSample:
         return f"{self.cause}: {self.shard}, sample {self.key!r}, byte {self.offset}: {self.detail}"
 
 
-def decode_text(data: bytes) -> str:
-    """The text of a text part. Raises `SampleError` when it is not UTF-8 or holds nothing but white space.
-
-    White space at both ends goes: every stretch of text stands between special tokens (see `emu2_jax.tokenizer`).
-    """
-    try:
-        text = data.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise SampleError("invalid_utf8", f"{error.reason} at byte {error.start} of the text") from error
-    if not text:
-        raise SampleError("empty_text", "the text part holds no text")
-    return text
-
-
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and lower-case suffix of a member, cut at the first dot of its base name; None if it belongs to no sample.
 
@@ -267,22 +241,6 @@ def split_name(name: str) -> tuple[str, str] | None:
     if not stem or not dot or (not slash and name.startswith("__") and name.endswith("__")):
         return None
     return directory + slash + stem, suffix.lower()
-
-
-def part_slot(kind: Kind, suffix: str) -> tuple[int, bool] | None:
-    """Place of a part within its sample, and whether it is an image; None for members this kind does not read.
-
-    Interleaved "3.txt" and "3.jpg" are the text and the image of slot 3; the other kinds have slot 0 only.
-    """
-    number, _, extension = suffix.rpartition(".")
-    if extension != TEXT_SUFFIX and extension not in IMAGE_SUFFIXES:
-        return None
-    is_image = extension != TEXT_SUFFIX
-    if kind == "interleaved":
-        return (int(number), is_image) if number.isdecimal() and number.isascii() and len(number) < 10 else None
-    if kind == "text":
-        return (0, False) if suffix == TEXT_SUFFIX else None
-    return (0, is_image) if number in ("", "0") else None
 
 
 @dataclass(frozen=True)
@@ -299,10 +257,11 @@ class SampleIndex:
     starts: Int64[np.ndarray, " S+1"]
     offsets: Int64[np.ndarray, " P"]  # bytes, start of the data
     sizes: Int64[np.ndarray, " P"]  # bytes
-    is_image: Bool[np.ndarray, " P"]
+    is_image: Bool[np.ndarray, " P"]  # or a video
     slots: Int32[np.ndarray, " P"]
     tokens: Int32[np.ndarray, " P"]  # ids that a text part encodes to; 0 for images
     bad: tuple[BadSample, ...]  # left out
+    caption: str = TEXT_SUFFIX  # where the text of a pair is: `SourceConfig.caption`
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -314,7 +273,7 @@ class SampleIndex:
 
     @functools.cached_property
     def num_images(self) -> Int64[np.ndarray, " S"]:
-        """Images of each sample."""
+        """Images (or videos) of each sample."""
         return np.add.reduceat(self.is_image, self.starts[:-1], dtype=np.int64) if len(self) else np.zeros(0, np.int64)
 
     def key(self, sample: int) -> str:
@@ -335,13 +294,13 @@ class _Part:
     tokens: int = 0
 
 
-def _group_parts(path: str, kind: Kind) -> tuple[dict[str, list[_Part]], collections.Counter[str]]:
+def _group_parts(path: str, kind: Kind, caption: str) -> tuple[dict[str, list[_Part]], collections.Counter[str]]:
     """Parts of every key in order of first appearance, and how often each unused suffix occurs."""
     groups: dict[str, list[_Part]] = {}
     unused: collections.Counter[str] = collections.Counter()
     for member in scan_tar(path):
         split = split_name(member.name)
-        place = part_slot(kind, split[1]) if split else None
+        place = part_slot(kind, split[1], caption) if split else None
         if split is None or place is None:
             unused[split[1] if split else member.name] += 1
         else:
@@ -356,8 +315,9 @@ def _check_parts(kind: Kind, parts: Sequence[_Part]) -> None:
     (slot, is_image), count = places.most_common(1)[0]
     if count > 1:
         raise SampleError("duplicate_part", f"{count} {'images' if is_image else 'texts'} for slot {slot}")
-    if kind == "image_text" and len(parts) < 2:
-        cause = "missing_text" if parts[0].is_image else "missing_image"
+    if kind in PAIR_KINDS and len(parts) < 2:
+        seen = "missing_video" if kind == "video_text" else "missing_image"
+        cause = "missing_text" if parts[0].is_image else seen
         raise SampleError(cause, f"the sample has only {parts[0].member.name!r}")
 
 
@@ -366,13 +326,13 @@ def _count_tokens(texts: Sequence[tuple[_Part, str]], tokenizer: Tokenizer) -> N
         part.tokens = count
 
 
-def scan_shard(path: str, kind: Kind, tokenizer: Tokenizer | None) -> SampleIndex:
+def scan_shard(path: str, kind: Kind, tokenizer: Tokenizer | None, caption: str = TEXT_SUFFIX) -> SampleIndex:
     """Index of one shard, made by reading its headers and, given a tokenizer, its texts.
 
-    Unusable samples are left out and listed in `bad`. Raises `DataError` when the shard itself is missing, cut or
-    foreign, or holds no sample of this kind.
+    `caption` says where the text of a pair is (`SourceConfig.caption`). Unusable samples are left out and listed in
+    `bad`. Raises `DataError` when the shard itself is missing, cut or foreign, or holds no sample of this kind.
     """
-    groups, unused = _group_parts(path, kind)
+    groups, unused = _group_parts(path, kind, caption)
     if not groups:
         found = ", ".join(f".{suffix} ({count})" for suffix, count in unused.most_common(4)) or "no member"
         raise DataError(f"{path}: holds no part of an {kind} sample; found {found}; see docs/data.md for the layout")
@@ -386,8 +346,14 @@ def scan_shard(path: str, kind: Kind, tokenizer: Tokenizer | None) -> SampleInde
             _check_parts(kind, parts)
             sample_texts = []
             for part in parts:
-                if tokenizer is not None and not part.is_image:
-                    sample_texts.append((part, decode_text(reader.read(0, part.member.offset, part.member.size))))
+                if tokenizer is None or part.is_image:
+                    continue
+                check_text_size(part.member.size)
+                data = reader.read(0, part.member.offset, part.member.size)
+                if kind == "grounded":
+                    part.tokens = count_grounded(decode_grounded(data), tokenizer)
+                else:
+                    sample_texts.append((part, decode_caption(data, caption)))
         except SampleError as error:
             bad.append(BadSample(error.cause, path, key, part.member.header, error.detail))
         else:
@@ -396,10 +362,12 @@ def scan_shard(path: str, kind: Kind, tokenizer: Tokenizer | None) -> SampleInde
     reader.close()
     if tokenizer is not None:
         _count_tokens(texts, tokenizer)
-    return _arrays(path, kind, good, bad)
+    return _arrays(path, kind, caption, good, bad)
 
 
-def _arrays(path: str, kind: Kind, samples: Sequence[tuple[str, list[_Part]]], bad: Sequence[BadSample]) -> SampleIndex:
+def _arrays(
+    path: str, kind: Kind, caption: str, samples: Sequence[tuple[str, list[_Part]]], bad: Sequence[BadSample]
+) -> SampleIndex:
     parts = [part for _, sample in samples for part in sample]
     keys = [key.encode("utf-8", "surrogateescape") for key, _ in samples]
     return SampleIndex(
@@ -414,6 +382,7 @@ def _arrays(path: str, kind: Kind, samples: Sequence[tuple[str, list[_Part]]], b
         slots=np.array([part.slot for part in parts], np.int32),
         tokens=np.array([part.tokens for part in parts], np.int32),
         bad=tuple(bad),
+        caption=caption,
     )
 
 
@@ -433,28 +402,29 @@ def join(indexes: Sequence[SampleIndex]) -> SampleIndex:
         slots=np.concatenate([index.slots for index in indexes]),
         tokens=np.concatenate([index.tokens for index in indexes]),
         bad=tuple(bad for index in indexes for bad in index.bad),
+        caption=indexes[0].caption,
     )
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def index_paths(path: str, kind: Kind) -> tuple[Path, Path]:
+def index_paths(path: str, kind: Kind, caption: str = TEXT_SUFFIX) -> tuple[Path, Path]:
     """Where the index of a shard is looked for: beside the shard, and in the user's cache directory."""
     shard = Path(path).absolute()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emu2_jax" / "index"
     digest = hashlib.sha256(os.fsencode(shard)).hexdigest()[:16]
-    name = f"{shard.name}.{kind}.index.npz"
+    name = f"{shard.name}.{kind}.index.npz" if caption == TEXT_SUFFIX else f"{shard.name}.{kind}.{caption}.index.npz"
     return shard.with_name(name), cache / f"{digest}-{name}"
 
 
-def load_index(path: str, kind: Kind, tokenizer: Tokenizer | None) -> SampleIndex | None:
+def load_index(path: str, kind: Kind, tokenizer: Tokenizer | None, caption: str = TEXT_SUFFIX) -> SampleIndex | None:
     """The stored index of a shard, or None when there is none that fits the shard as it is now.
 
     It fits when the shard has the same size and modification time, and the tokens were counted by the same tokenizer;
     without a tokenizer any count will do.
     """
-    for candidate in index_paths(path, kind):
+    for candidate in index_paths(path, kind, caption):
         try:
             with np.load(candidate, allow_pickle=False) as stored:
                 header = json.loads(str(stored["header"]))
@@ -465,7 +435,7 @@ def load_index(path: str, kind: Kind, tokenizer: Tokenizer | None) -> SampleInde
             continue
         bad = tuple(BadSample(shard=path, **fields) for fields in header["bad"])
         shards = np.zeros(len(arrays["keys"]), np.int32)
-        return SampleIndex(kind=kind, paths=(path,), shards=shards, bad=bad, **arrays)
+        return SampleIndex(kind=kind, paths=(path,), shards=shards, bad=bad, caption=caption, **arrays)
     return None
 
 
@@ -486,7 +456,7 @@ def _store(index: SampleIndex, identity: dict[str, object], tokenizer: Tokenizer
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     content = io.BytesIO()
     np.savez(content, header=np.array(json.dumps(header)), **arrays)
-    for target in index_paths(index.paths[0], index.kind):
+    for target in index_paths(index.paths[0], index.kind, index.caption):
         if _write_whole(target, content.getbuffer()):
             return
     logging.getLogger(__name__).warning("%s: no place to store its index; it is built at every start", index.paths[0])
@@ -505,20 +475,22 @@ def _write_whole(target: Path, content: memoryview) -> bool:
     return True
 
 
-def open_shard(path: str, kind: Kind, tokenizer: Tokenizer | None) -> SampleIndex:
+def open_shard(path: str, kind: Kind, tokenizer: Tokenizer | None, caption: str = TEXT_SUFFIX) -> SampleIndex:
     """Index of one shard: the stored one if it fits, else built now and stored."""
     if not os.path.exists(path):
         raise DataError(f"{path}: shard does not exist")
-    stored = load_index(path, kind, tokenizer)
+    stored = load_index(path, kind, tokenizer, caption)
     if stored is not None:
         return stored
     identity = _identity(path, kind)  # taken before the scan: a shard that changes meanwhile is indexed again
-    index = scan_shard(path, kind, tokenizer)
+    index = scan_shard(path, kind, tokenizer, caption)
     _store(index, identity, tokenizer)
     return index
 
 
-def open_index(paths: Sequence[str], kind: Kind, tokenizer: Tokenizer | None, threads: int = 2) -> SampleIndex:
+def open_index(
+    paths: Sequence[str], kind: Kind, tokenizer: Tokenizer | None, threads: int = 2, caption: str = TEXT_SUFFIX
+) -> SampleIndex:
     """Index over the samples of all `paths`, building what is missing; `tokenizer` None leaves texts unread.
 
     Raises `DataError` for the first broken shard, saying how many more there are.
@@ -526,7 +498,7 @@ def open_index(paths: Sequence[str], kind: Kind, tokenizer: Tokenizer | None, th
 
     def attempt(path: str) -> SampleIndex | DataError:
         try:
-            return open_shard(path, kind, tokenizer)
+            return open_shard(path, kind, tokenizer, caption)
         except DataError as error:
             return error
 

@@ -4,6 +4,8 @@ A document is `<s>`, the elements, `</s>`. A text is its token ids, an image `[I
 N = 2, a text of 3 tokens and an image give 2 + 3 + (2 + 2) = 9 positions, in either order:
 
     <s> [IMG] v v [/IMG] a red cat </s>        <s> a red cat [IMG] v v [/IMG] </s>
+
+A video is `[VIDEO]` and then its sampled frames, each as an image: 1 + 2 x (2 + 2) = 9 positions for two frames.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
-from data_pipelines.index import BadSample, SampleError, SampleIndex
-from data_pipelines.order import uniforms
+from data_pipelines.grounding import decode_grounded, encode_grounded
+from data_pipelines.index import BadSample, SampleIndex
+from data_pipelines.kinds import SampleError
+from data_pipelines.order import stream_seed, uniforms
 from data_pipelines.samples import decode_image, read_part, read_text
 from data_pipelines.shards import ShardReader
+from data_pipelines.video import sample_frames
 from emu2_jax.tokenizer import Tokenizer
 
 
@@ -30,11 +35,20 @@ class DocumentRules:
     max_positions: int  #: documents are cut here
     max_images: int
     image_first_probability: float  #: that the image of a slot comes before the text of the same slot
+    phrase_first_probability: float = 1.0  #: that a grounded phrase comes before its boxes
+    images_per_document: int | None = None  #: images sampled from a document, each with its text; None = all
+    video_frames: int | None = None  #: frames sampled from a video; None where what is seen are images
 
     @property
-    def image_positions(self) -> int:
-        """Positions of an image with [IMG] and [/IMG]."""
-        return self.visual_tokens + 2
+    def visual_positions(self) -> int:
+        """Positions of an image with [IMG] and [/IMG], or of a video with [VIDEO]."""
+        image = self.visual_tokens + 2
+        return image if self.video_frames is None else 1 + self.video_frames * image
+
+    @property
+    def visual_images(self) -> int:
+        """Image slots that an image, or a video, takes."""
+        return 1 if self.video_frames is None else self.video_frames
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,7 @@ class Outline:
     length: int  # positions of the whole document
     num_images: int
     is_cut: bool  # something did not fit; then there is no </s>, because the document does not end there
+    seed: int  # of the draws that are made when the sample is read: frames of a video, order of phrases and boxes
 
 
 @dataclass(frozen=True)
@@ -61,16 +76,29 @@ def order_parts(index: SampleIndex, sample: int, rules: DocumentRules, seed: int
     """The parts of a sample in the order of its document.
 
     Slots keep their order; within each the image comes first with `rules.image_first_probability`, by a draw that
-    depends on `seed` (one for each source and epoch) and the part alone.
+    depends on `seed` (one for each source and epoch) and the part alone. With `rules.images_per_document` only the
+    slots of that many images, drawn the same way, are in it.
     """
     first, last = int(index.starts[sample]), int(index.starts[sample + 1])
-    slots = index.slots[first:last].tolist()
-    image_first = uniforms(seed, np.arange(first, last)) < rules.image_first_probability
     order = list(range(first, last))
+    if rules.images_per_document is not None:
+        order = _sampled_parts(index, order, rules.images_per_document, seed)
+    slots = index.slots[order].tolist()
+    image_first = uniforms(seed, np.array(order)) < rules.image_first_probability
     for i in range(len(order) - 1):
         if slots[i] == slots[i + 1] and image_first[i]:  # stored as text, image
             order[i], order[i + 1] = order[i + 1], order[i]
     return order
+
+
+def _sampled_parts(index: SampleIndex, parts: list[int], count: int, seed: int) -> list[int]:
+    """The parts in the slots of `count` images of a document; all of its texts when it has no image at all."""
+    images = [part for part in parts if index.is_image[part]]
+    if len(images) > count:
+        draws = uniforms(stream_seed(seed, "images"), np.array(images))
+        images = [images[i] for i in np.argsort(draws, kind="stable")[:count]]
+    slots = {int(index.slots[part]) for part in images}
+    return [part for part in parts if int(index.slots[part]) in slots] if slots else parts
 
 
 def outline(index: SampleIndex, sample: int, rules: DocumentRules, seed: int) -> Outline:
@@ -84,8 +112,8 @@ def outline(index: SampleIndex, sample: int, rules: DocumentRules, seed: int) ->
     for part in order_parts(index, sample, rules, seed):
         room = rules.max_positions - used
         if index.is_image[part]:
-            wanted = rules.image_positions
-            taken = wanted if wanted <= room and num_images < rules.max_images else 0
+            wanted = rules.visual_positions
+            taken = wanted if wanted <= room and num_images + rules.visual_images <= rules.max_images else 0
         else:
             wanted = int(index.tokens[part])
             taken = min(wanted, room)
@@ -93,21 +121,26 @@ def outline(index: SampleIndex, sample: int, rules: DocumentRules, seed: int) ->
             parts.append(part)
             positions.append(taken)
             used += taken
-            num_images += int(index.is_image[part])
+            num_images += rules.visual_images if index.is_image[part] else 0
         is_cut = taken < wanted
         if is_cut:
             break
     is_cut = is_cut or used == rules.max_positions
-    return Outline(tuple(parts), tuple(positions), used + (not is_cut), num_images, is_cut)
+    return Outline(tuple(parts), tuple(positions), used + (not is_cut), num_images, is_cut, seed)
 
 
 def measure(
     index: SampleIndex, samples: Int64[np.ndarray, " n"], rules: DocumentRules, seed: int
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
     """Positions and images of the documents of `samples`, from the index alone."""
-    images = index.num_images[samples]
-    lengths = 2 + index.num_tokens[samples] + images * rules.image_positions
-    for i in np.flatnonzero((lengths > rules.max_positions) | (images > rules.max_images)):
+    seen = index.num_images[samples]
+    lengths = 2 + index.num_tokens[samples] + seen * rules.visual_positions
+    images = seen * rules.visual_images
+    outlined = (lengths > rules.max_positions) | (images > rules.max_images)
+    if rules.images_per_document is not None:
+        num_parts = index.starts[samples + 1] - index.starts[samples]
+        outlined |= (seen > rules.images_per_document) | (num_parts != 2 * seen)  # a slot may be left out
+    for i in np.flatnonzero(outlined):
         cut = outline(index, int(samples[i]), rules, seed)
         lengths[i], images[i] = cut.length, cut.num_images
     return lengths, images
@@ -119,7 +152,7 @@ def read_document(
     """Reads and decodes a sample into its document, and lists what could not be used.
 
     An interleaved document whose image cannot be used goes on without it; in every other case, and when nothing is
-    left, there is no document.
+    left, there is no document. Raises nothing for what lies within the sample.
     """
     tokens = [tokenizer.bos_id]
     first_visual: list[int] = []
@@ -127,12 +160,19 @@ def read_document(
     bad: list[BadSample] = []
     for part, positions in zip(plan.parts, plan.positions, strict=True):
         try:
-            if index.is_image[part]:
+            if not index.is_image[part]:
+                tokens += _text_tokens(index, reader, tokenizer, sample, part, plan.seed, rules)[:positions]
+            elif rules.video_frames is None:
                 images.append(decode_image(read_part(reader, index, sample, part), rules.image_size))
                 first_visual.append(len(tokens) + 1)
-                tokens += _image_tokens(tokenizer, rules.visual_tokens)
+                tokens += _image_tokens(tokenizer, tokenizer.image_id, rules.visual_tokens)
             else:
-                tokens += _text_tokens(index, reader, tokenizer, sample, part)[:positions]
+                draws = uniforms(stream_seed(plan.seed, "frames", part), np.arange(rules.video_frames))
+                images += sample_frames(read_part(reader, index, sample, part), draws, rules.image_size)
+                tokens.append(tokenizer.video_id)
+                for _ in range(rules.video_frames):
+                    first_visual.append(len(tokens) + 1)
+                    tokens += _image_tokens(tokenizer, tokenizer.frame_id, rules.visual_tokens)
         except SampleError as error:
             bad.append(index.bad_sample(sample, part, error))
             if index.kind != "interleaved" or not index.is_image[part]:
@@ -147,12 +187,25 @@ def read_document(
     return Document(np.array(tokens, np.int32), is_visual, images), bad
 
 
-def _image_tokens(tokenizer: Tokenizer, visual_tokens: int) -> list[int]:
-    return [tokenizer.image_start_id, *[tokenizer.image_id] * visual_tokens, tokenizer.image_end_id]
+def _image_tokens(tokenizer: Tokenizer, placeholder: int, visual_tokens: int) -> list[int]:
+    return [tokenizer.image_start_id, *[placeholder] * visual_tokens, tokenizer.image_end_id]
 
 
-def _text_tokens(index: SampleIndex, reader: ShardReader, tokenizer: Tokenizer, sample: int, part: int) -> list[int]:
-    tokens = tokenizer.encode_plain(read_text(reader, index, sample, part))
+def _text_tokens(
+    index: SampleIndex,
+    reader: ShardReader,
+    tokenizer: Tokenizer,
+    sample: int,
+    part: int,
+    seed: int,
+    rules: DocumentRules,
+) -> list[int]:
+    if index.kind == "grounded":
+        caption = decode_grounded(read_part(reader, index, sample, part))
+        draws = uniforms(stream_seed(seed, "phrases", part), np.arange(len(caption.phrases)))
+        tokens = encode_grounded(caption, tokenizer, (draws < rules.phrase_first_probability).tolist())
+    else:
+        tokens = tokenizer.encode_plain(read_text(reader, index, sample, part))
     if len(tokens) != index.tokens[part]:
         raise SampleError("changed_text", f"{len(tokens)} tokens where the index has {index.tokens[part]}")
     return tokens

@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from data_pipelines import samples as samples_
-from data_pipelines.index import BadSample, SampleError, SampleIndex, open_index, scan_shard
+from data_pipelines.index import BadSample, SampleIndex, open_index, scan_shard
 from data_pipelines.interleave import DocumentRules, measure, outline, read_document
+from data_pipelines.kinds import SampleError
 from data_pipelines.order import Schedule, permutation, stream_seed, uniforms
 from data_pipelines.packing import plan_rows, write_document
 from data_pipelines.samples import SampleCounts
@@ -146,9 +147,12 @@ class _PackedSource:
         self._rules = DocumentRules(
             visual_tokens=shape.visual_tokens,
             image_size=shape.image_size,
-            max_positions=config.max_document_positions or shape.length,
+            max_positions=source.max_document_positions or config.max_document_positions or shape.length,
             max_images=shape.image_slots,
             image_first_probability=config.image_first_probability,
+            phrase_first_probability=config.phrase_first_probability,
+            images_per_document=source.images_per_document,
+            video_frames=source.video_frames if source.kind == "video_text" else None,
         )
         self._lock = threading.Lock()
         self._plans: collections.OrderedDict[int, _EpochPlan] = collections.OrderedDict()
@@ -305,11 +309,11 @@ def _check_sources(config: DataConfig, sources: Sequence[SourceConfig]) -> None:
 
 
 def _row_shape(config: DataConfig, source: SourceConfig, visual_tokens: int, image_size: int) -> RowShape:
-    limit = config.max_document_positions
+    own = source.max_document_positions
+    limit = config.max_document_positions if own is None else own
+    limited_by = "data.max_document_positions" if own is None else f"data.sources.{source.name}.max_document_positions"
     if limit is not None and not 2 < limit <= config.row_length:
-        raise ConfigError(
-            f"data.max_document_positions: got {limit}; wanted 3 ... data.row_length = {config.row_length}"
-        )
+        raise ConfigError(f"{limited_by}: got {limit}; wanted 3 ... data.row_length = {config.row_length}")
     if config.mixing == "mixed" and source.image_slots is not None:
         raise ConfigError(
             f"data.sources.{source.name}.image_slots: is for data.mixing = one_source_per_step; "
@@ -321,11 +325,23 @@ def _row_shape(config: DataConfig, source: SourceConfig, visual_tokens: int, ima
     path = "data.image_slots" if source.image_slots is None else f"data.sources.{source.name}.image_slots"
     if slots < 1:
         raise ConfigError(f"{path}: got {slots}, but source {source.name!r} has images; wanted 1 or more")
+    if source.kind == "video_text":
+        _check_video(source, slots, limit or config.row_length, visual_tokens)
     if (limit or config.row_length) < visual_tokens + 3:
-        path = "data.row_length" if limit is None else "data.max_document_positions"
+        path = "data.row_length" if limit is None else limited_by
         wanted = f"at least {visual_tokens + 3}: <s> and an image of {visual_tokens} positions with [IMG] and [/IMG]"
         raise ConfigError(f"{path}: got {limit or config.row_length}; wanted {wanted}")
     return RowShape(config.row_length, slots, visual_tokens, image_size)
+
+
+def _check_video(source: SourceConfig, slots: int, room: int, visual_tokens: int) -> None:
+    """A video goes into a document whole or not at all, so one that never fits is a mistake."""
+    path, frames = f"data.sources.{source.name}.video_frames", source.video_frames
+    if not 1 <= frames <= slots:
+        raise ConfigError(f"{path}: got {frames}; wanted 1 to the {slots} image slots of a row")
+    needed = 3 + frames * (visual_tokens + 2)  # <s> [VIDEO] ... </s>
+    if room < needed:
+        raise ConfigError(f"{path}: {frames} frames take {needed} positions; a document has {room}")
 
 
 def _rows_of_source(config: DataConfig, source: SourceConfig, hosts: int) -> int:
@@ -341,7 +357,7 @@ def _rows_of_source(config: DataConfig, source: SourceConfig, hosts: int) -> int
 
 def _open_source(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer | None) -> SampleIndex:
     paths = expand_shards(source.shards, f"data.sources.{source.name}.shards")
-    index = open_index(paths, source.kind, tokenizer, threads=config.read_threads)
+    index = open_index(paths, source.kind, tokenizer, threads=config.read_threads, caption=source.caption)
     where = f"data.sources.{source.name}"
     if index.bad:
         found = SampleCounts()

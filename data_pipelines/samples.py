@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
-from data_pipelines.index import BadSample, SampleError, SampleIndex, decode_text
+from data_pipelines.index import BadSample, SampleIndex
+from data_pipelines.kinds import SampleError, decode_caption
 from data_pipelines.shards import ShardReader
 from emu2_jax.errors import DataError
 
@@ -34,7 +35,7 @@ MIN_SEEN_FOR_SHARE = 500
 
 def read_text(reader: ShardReader, index: SampleIndex, sample: int, part: int) -> str:
     """Text of part number `part` of the index. Raises `SampleError`."""
-    return decode_text(read_part(reader, index, sample, part))
+    return decode_caption(read_part(reader, index, sample, part), index.caption)
 
 
 def read_part(reader: ShardReader, index: SampleIndex, sample: int, part: int) -> bytes:
@@ -68,10 +69,14 @@ def decode_image(data: bytes, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
     The whole picture is kept and its ratio is not, as in the release. Raises `SampleError`.
     """
     with _opened(data) as image:
-        rgb = image.convert("RGB")
-        if rgb.size != (image_size, image_size):
-            rgb = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
-        return np.asarray(rgb)
+        return squeeze(image.convert("RGB"), image_size)
+
+
+def squeeze(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """An RGB picture squeezed to a square; its ratio is not kept."""
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(image)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ inference code. **open** marks a value that neither states: it is this project's
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +15,11 @@ from emu2_jax.errors import ConfigError
 
 #: The parts a parameter can belong to: the top-level keys of the parameter tree.
 Part = Literal["visual_encoder", "project_up", "language_model", "project_down", "unet"]
+
+#: What a sample of a source is made of, and what sequence it becomes (docs/data.md).
+SampleKind = Literal["image_text", "video_text", "interleaved", "grounded", "text"]
+
+_CAPTION = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +102,15 @@ class SourceConfig:
     """One stream of samples in webdataset tar shards."""
 
     name: str  #: unique; override paths say data.sources.<name>.weight
-    kind: Literal["image_text", "interleaved", "text"]  #: layout of a sample, see docs/data.md
+    kind: SampleKind  #: layout of a sample, see docs/data.md
     shards: str  #: path with braces or globs: data/pairs-{000000..000007}.tar, data/pairs-*.tar
     weight: float = 1.0  #: share of steps (one_source_per_step) or of rows (mixed), relative to the other sources
     batch_rows: int | None = None  #: rows of a step drawn from this source alone; None = data.global_batch_rows
     image_slots: int | None = None  #: image slots of a row of this source alone; None = data.image_slots
+    max_document_positions: int | None = None  #: cut of this source alone; None = data's (paper MMC4: 1024)
+    caption: str = "txt"  #: of image_text and video_text: suffix of the text's member, or json.FIELD of its .json
+    video_frames: int = 8  #: of video_text: frames sampled from each video (paper: 8)
+    images_per_document: int | None = None  #: of interleaved: images sampled, each with its text; None = all (MMC4: 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +125,8 @@ class DataConfig:
     global_batch_rows: int = 8  #: B, packed rows per optimiser step over all hosts
     mixing: Literal["one_source_per_step", "mixed"] = "mixed"  #: paper's arithmetic: one_source_per_step
     image_first_probability: float = 0.5  #: image before its text (paper stage 2: 0.5; captioning: 1)
-    max_document_positions: int | None = None  #: documents are cut here; None = row_length (paper MMC4: 1024)
+    phrase_first_probability: float = 0.7  #: of grounded: phrase before its boxes (paper: 0.7, **open** which way)
+    max_document_positions: int | None = None  #: documents are cut here; None = row_length
     packing_pool: int = 256  #: samples among which the packer chooses
     read_threads: int = 2  #: threads that read and decode
     prefetch_batches: int = 2  #: batches ready ahead of the step
@@ -321,6 +332,7 @@ def _validate_data(config: ExperimentConfig) -> None:
         slots = data.image_slots if source.image_slots is None else source.image_slots
         rows = source.batch_rows
         _require(rows is None or rows >= 1, f"{path}.batch_rows", "must be at least 1")
+        _validate_source(config, source, path)
         _require(source.kind == "text" or slots > 0, f"{path}.image_slots", "must be positive for a kind with images")
         own_rows = source.batch_rows is not None or source.image_slots is not None
         _require(
@@ -338,9 +350,40 @@ def _validate_data(config: ExperimentConfig) -> None:
     )
     _require_positive(data, "data", "global_batch_rows", "packing_pool")
     _require(0 <= data.image_first_probability <= 1, "data.image_first_probability", "must lie in [0, 1]")
+    _require(0 <= data.phrase_first_probability <= 1, "data.phrase_first_probability", "must lie in [0, 1]")
     _require(0 <= data.max_bad_share <= 1, "data.max_bad_share", "must lie in [0, 1]")
     _require(data.read_threads >= 0, "data.read_threads", "must not be negative")
     _require(data.prefetch_batches >= 0, "data.prefetch_batches", "must not be negative")
+
+
+def _validate_source(config: ExperimentConfig, source: SourceConfig, path: str) -> None:
+    """What a kind needs, and settings that are for another kind."""
+    data, kind = config.data, source.kind
+    one_image = config.model.num_visual_tokens + 2
+    limit = source.max_document_positions
+    _require(
+        limit is None or one_image + 2 <= limit <= data.row_length,
+        f"{path}.max_document_positions",
+        f"must lie between {one_image + 2}, which hold one image, and data.row_length",
+    )
+    _require(
+        bool(_CAPTION.fullmatch(source.caption)),
+        f"{path}.caption",
+        "must be the suffix of a member (txt) or json.FIELD, in letters, digits, _ and -",
+    )
+    of_pairs = kind in ("image_text", "video_text")
+    _require(source.caption == "txt" or of_pairs, f"{path}.caption", f"is for image_text and video_text, not {kind}")
+    images = source.images_per_document
+    _require(images is None or images >= 1, f"{path}.images_per_document", "must be at least 1; None = all")
+    _require(images is None or kind == "interleaved", f"{path}.images_per_document", f"is for interleaved, not {kind}")
+    _require(source.video_frames >= 1, f"{path}.video_frames", "must be at least 1")
+    if kind != "video_text":
+        return
+    slots = data.image_slots if source.image_slots is None else source.image_slots
+    frames, needed = source.video_frames, 3 + source.video_frames * one_image  # <s> [VIDEO] ... </s>
+    _require(frames <= slots, f"{path}.video_frames", f"are {frames}, more than the {slots} image slots of a row")
+    room = limit or data.max_document_positions or data.row_length
+    _require(room >= needed, f"{path}.video_frames", f"need {needed} positions, more than the {room} of a document")
 
 
 def _validate_decoder(config: ExperimentConfig) -> None:

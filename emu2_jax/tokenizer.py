@@ -27,16 +27,26 @@ IMAGE_END = "[/IMG]"
 IMAGE = "<image>"
 FRAME = "[gIMG]"
 VIDEO = "[VIDEO]"
+GROUNDING = "<grounding>"
+PHRASE_START, PHRASE_END = "<phrase>", "</phrase>"
+OBJECT_START, OBJECT_END = "<object>", "</object>"
+NEXT_BOX = "</delimiter_of_multi_objects/>"
 
 #: The largest location index: coordinates run 0..224 in the paper; the release reserves 257 tokens.
 NUM_PATCH_INDEX_TOKENS = 257
+
+
+def location_token(index: int) -> str:
+    """The token of one coordinate of a box, 0 ... NUM_PATCH_INDEX_TOKENS - 1."""
+    return f"<patch_index_{index:04d}>"
+
 
 #: Source: release, constants.py and tokenizer files; ids follow the SentencePiece model's in this order.
 BASE_SPECIAL_TOKENS: tuple[str, ...] = (
     PAD,
     *(IMAGE_START, IMAGE_END, IMAGE, FRAME, "[/gIMG]", "[EOC]", VIDEO),
-    *("<grounding>", "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<REC>"),
-    *(f"<patch_index_{i:04d}>" for i in range(NUM_PATCH_INDEX_TOKENS)),
+    *(GROUNDING, PHRASE_START, PHRASE_END, OBJECT_START, OBJECT_END, NEXT_BOX, "<REC>"),
+    *(location_token(i) for i in range(NUM_PATCH_INDEX_TOKENS)),
 )
 CHAT_SPECIAL_TOKENS: tuple[str, ...] = (*BASE_SPECIAL_TOKENS, "[USER]", "[ASSISTANT]")
 
@@ -70,6 +80,11 @@ class Video:
 
 
 Prompt = Sequence[str | Picture | Video]
+
+
+def _last_space(text: str, end: int) -> int:
+    """Place of the last white space of text[:end]; 0 when there is none."""
+    return next((i for i in range(end - 1, 0, -1) if text[i].isspace()), 0)
 
 
 class Tokenizer:
@@ -182,6 +197,29 @@ class Tokenizer:
     def count_plain(self, texts: Sequence[str]) -> list[int]:
         """Number of ids that `encode_plain` gives for each text."""
         return [len(ids) for ids in self._pieces.EncodeAsIds(list(texts))] if texts else []
+
+    def split(self, text: str, max_tokens: int) -> list[str]:
+        """`text` in pieces of at most `max_tokens` ids of `encode_plain` each, cut at white space.
+
+        White space at the cuts goes. A stretch without any that is longer than `max_tokens` ids is cut within.
+        """
+        pieces = []
+        text = text.strip()
+        while text:
+            size = self._fitting_chars(text, max_tokens)
+            pieces.append(text[:size].strip())
+            text = text[size:].strip()
+        return pieces
+
+    def _fitting_chars(self, text: str, max_tokens: int) -> int:
+        """Characters at the front of `text` that encode to at most `max_tokens` ids, whole words if one fits."""
+        chars = min(len(text), 16 * max_tokens)  # all of a long text for each piece would take quadratic time
+        while True:
+            words = chars if chars == len(text) or text[chars].isspace() else _last_space(text, chars)
+            num_ids = len(self.encode_plain(text[: words or chars].strip()))
+            if num_ids <= max_tokens or chars == 1:
+                return words or chars
+            chars = max(1, min((words or chars) - 1, int((words or chars) * max_tokens / num_ids)))
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids; `<s>`, `</s>` and special tokens are shown by name, with spaces around them, or skipped.

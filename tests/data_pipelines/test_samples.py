@@ -11,7 +11,8 @@ from PIL import Image
 from tiny_shards import cut_picture, picture
 
 from data_pipelines import samples
-from data_pipelines.index import BadSample, SampleError, decode_text
+from data_pipelines.index import BadSample
+from data_pipelines.kinds import SampleError, decode_text
 from data_pipelines.samples import SampleCounts, decode_crop, decode_image
 from emu2_jax.errors import DataError
 

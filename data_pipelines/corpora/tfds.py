@@ -1,0 +1,186 @@
+"""Any TFDS dataset that offers a data source: image-text pairs, or texts alone, of the features that are named.
+
+How it is distributed: a directory that `tensorflow_datasets` prepared with files that can be read at random
+(`builder.download_and_prepare(file_format="array_record")`), `DATASET/1.0.0/` with `dataset_info.json`, `features.json`
+and `*.array_record-*`. It is read through `tfds.builder(...).as_data_source`, which needs no TensorFlow.
+
+What it becomes: shards of kind `image_text` (or `text`, without an image), for training and for evaluation alike.
+Images are the bytes that TFDS stored, not decoded. A text is a feature ("caption", "captions/text") or a sentence with
+features in it ("a photo of a {label}"); class labels stand for their names. An example with several texts becomes a
+sample for each. The `.json` of a sample has every feature that JSON can hold, so that an evaluation finds questions
+and answers there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data_pipelines.corpora.converted import new_corpus
+from data_pipelines.corpora.downloaded import image_suffix
+from data_pipelines.kinds import Kind
+from emu2_jax.errors import DataError
+
+KIND: Kind = "image_text"
+
+_FIELD = re.compile(r"\{([^{}]+)\}")
+_MAX_JSON_VALUES = 1000  # a longer array is no annotation
+
+
+def convert(
+    dataset: str,
+    out_dir: Path,
+    *,
+    split: str,
+    text: str,
+    image: str | None,
+    data_dir: Path | None = None,
+    samples_per_shard: int = 1000,
+) -> Counter[str]:
+    """Writes a split of a prepared TFDS dataset into shards in the new directory `out_dir`.
+
+    `dataset` is a name ("coco_captions", "vqa/v2:1.0.0") or the directory of a prepared version; `split` may be a slice
+    ("train[:10%]"). Returns how many samples were written and what was left out, by cause. Raises `DataError` when
+    the dataset, the split or a feature is not there, or the dataset was prepared in another file format.
+    """
+    builder = _builder(dataset, data_dir)
+    features = builder.info.features
+    names = _FIELD.findall(text) or [text]
+    for name in names:
+        _feature(features, name, dataset)
+    decoders = None
+    if image is not None:
+        if not isinstance(_feature(features, image, dataset), tfds.features.Image):
+            raise DataError(f"{dataset}: feature {image!r} is no image; its features: {', '.join(features)}")
+        decoders = _nested(image, tfds.decode.SkipDecoding())
+    source = _data_source(builder, split, decoders, dataset)
+    settings = {"dataset": dataset, "version": str(builder.version), "split": split, "text": text, "image": image}
+    with new_corpus(out_dir, "tfds", samples_per_shard, settings) as corpus:
+        for i in range(len(source)):
+            example = source[i]
+            data = _at(example, image) if image is not None else None
+            values = {name: _texts(features, example, name) for name in names}
+            annotations = json.dumps(_plain(features, example)).encode() if image is not None else None
+            num_written = 0
+            for caption in _captions(text, values):
+                if not caption.strip():
+                    continue
+                parts = {} if data is None else {image_suffix(data): bytes(data)}
+                parts["txt"] = caption.encode()
+                corpus.write(parts if annotations is None else {**parts, "json": annotations})
+                num_written += 1
+            corpus.counts["missing_text"] += not num_written
+    return corpus.counts
+
+
+def _builder(dataset: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
+    try:
+        if Path(dataset).is_dir():
+            return tfds.builder_from_directory(dataset)
+        return tfds.builder(dataset, **({} if data_dir is None else {"data_dir": str(data_dir)}))
+    except (tfds.core.registered.DatasetNotFoundError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{dataset}: is no TFDS dataset, nor the directory of a prepared version: {reason}") from error
+
+
+def _data_source(builder: tfds.core.DatasetBuilder, split: str, decoders: Any, dataset: str) -> Any:
+    splits = builder.info.splits
+    if not splits:
+        raise DataError(
+            f"{dataset}: is not prepared in {builder.data_dir}; run tfds.builder({dataset!r})"
+            '.download_and_prepare(file_format="array_record"), or give --data_dir'
+        )
+    if re.split(r"[\[+]", split)[0] not in splits:
+        raise DataError(f"{dataset}: has no split {split!r}; its splits: {', '.join(splits)}")
+    try:
+        return builder.as_data_source(split=split, decoders=decoders)
+    except (NotImplementedError, ValueError) as error:
+        raise DataError(
+            f"{dataset}: offers no data source ({str(error).splitlines()[0]}); prepare it with "
+            'file_format="array_record"'
+        ) from error
+
+
+# Features by path: "captions/text" is the feature `text` within the feature `captions`.
+
+
+def _nested(path: str, value: Any) -> Any:
+    for name in reversed(path.split("/")):
+        value = {name: value}
+    return value
+
+
+def _feature(features: Any, path: str, dataset: str) -> Any:
+    """The feature at a path; sequences are looked through."""
+    found = features
+    for name in path.split("/"):
+        if isinstance(found, tfds.features.Sequence):
+            found = found.feature
+        if not isinstance(found, Mapping) or name not in found:
+            raise DataError(f"{dataset}: has no feature {path!r}; its features: {', '.join(features)}")
+        found = found[name]
+    return found
+
+
+def _at(example: Any, path: str) -> Any:
+    for name in path.split("/"):
+        example = example[name]
+    return example
+
+
+def _texts(features: Any, example: Any, path: str) -> list[str]:
+    """The text of a feature, or all of them where it is a sequence."""
+    feature, value = _feature(features, path, path), _at(example, path)
+    while isinstance(feature, tfds.features.Sequence):
+        feature = feature.feature
+    values = value if isinstance(value, list | np.ndarray) else [value]
+    return [_word(feature, one) for one in np.asarray(values, object).ravel()]
+
+
+def _word(feature: Any, value: Any) -> str:
+    plain = _plain_value(feature, value)
+    return plain if isinstance(plain, str) else str(plain)
+
+
+def _captions(text: str, values: Mapping[str, list[str]]) -> Iterator[str]:
+    """One caption for each value of the features in the sentence; features with several values go side by side."""
+    template = text if _FIELD.search(text) else f"{{{text}}}"
+    for i in range(max(map(len, values.values()))):
+        if all(i < len(words) or len(words) == 1 for words in values.values()):
+            yield _filled(template, {name: words[i % len(words)] for name, words in values.items()})
+
+
+def _filled(template: str, words: Mapping[str, str]) -> str:
+    return _FIELD.sub(lambda match: words[match[1]], template)
+
+
+def _plain(feature: Any, value: Any) -> Any:
+    """A feature's value as JSON has it; what JSON cannot hold (images, long arrays) is left out."""
+    if isinstance(feature, Mapping):
+        plain = {name: _plain(feature[name], inner) for name, inner in value.items() if name in feature}
+        return {name: inner for name, inner in plain.items() if inner is not None}
+    if isinstance(feature, tfds.features.Sequence):
+        if isinstance(value, Mapping):
+            return _plain(feature.feature, value)
+        return [_plain(feature.feature, one) for one in value] if len(value) <= _MAX_JSON_VALUES else None
+    return _plain_value(feature, value)
+
+
+def _plain_value(feature: Any, value: Any) -> Any:
+    if isinstance(feature, tfds.features.Image | tfds.features.Video | tfds.features.Audio):
+        return None
+    if isinstance(value, list | np.ndarray):
+        array = np.asarray(value, object)
+        return [_plain_value(feature, one) for one in array.tolist()] if array.size <= _MAX_JSON_VALUES else None
+    if isinstance(feature, tfds.features.ClassLabel):
+        return feature.int2str(int(value)) if value >= 0 else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,99 @@
+"""From the bytes of a video to a few of its frames."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import av
+import numpy as np
+from jaxtyping import Float64, Int64, UInt8
+from PIL import Image
+
+from data_pipelines.kinds import SampleError
+from data_pipelines.samples import MAX_PIXELS, squeeze
+
+av.logging.set_level(av.logging.PANIC)  # FFmpeg writes of damaged files to stderr; here they are counted
+
+#: A damaged packet is an error, as a damaged image is: by default FFmpeg paints over it.
+_STRICT = {"err_detect": "explode"}
+
+
+class _Packets(NamedTuple):
+    """The pictures of a video in the order they are shown, from its packets alone."""
+
+    times: Int64[np.ndarray, " F"]  # in units of the stream
+    is_key: np.ndarray  # [F] bool: decoding can begin here
+
+
+def frame_numbers(num_frames: int, draws: Float64[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
+    """Which of `num_frames` frames are taken: one from each of T equal stretches, at a place that `draws` decide.
+
+    A video of fewer than T frames repeats some. With draws 0.5 these are the middles: 8 frames, T = 2 give 2 and 6.
+    """
+    stretches = (np.arange(len(draws)) + draws) / len(draws)
+    return np.minimum((stretches * num_frames).astype(np.int64), num_frames - 1)
+
+
+def sample_frames(data: bytes, draws: Float64[np.ndarray, " T"], image_size: int) -> list[UInt8[np.ndarray, "S S 3"]]:
+    """T frames of a video, RGB, each squeezed to a square of `image_size` pixels as images are.
+
+    Which ones is up to `draws` (`frame_numbers`). The frames are those that the packets hold, whatever the file's
+    header says of their number. Rotation written in the header is not applied. Raises `SampleError`.
+    """
+    try:
+        with av.open(io.BytesIO(data), "r", metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise SampleError("no_video_stream", "the file has no video stream")
+            stream = container.streams.video[0]
+            packets = _packets(container, stream)
+            numbers = frame_numbers(len(packets.times), draws)
+            return [squeeze(image, image_size) for image in _decode(container, stream, packets, numbers.tolist())]
+    except (av.FFmpegError, ValueError, MemoryError) as error:
+        raise SampleError("damaged_video", f"{len(data)} bytes: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> _Packets:
+    if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+        size = f"{stream.codec_context.width} x {stream.codec_context.height}"
+        raise SampleError("image_too_large", f"frames of {size} pixels; at most {MAX_PIXELS}")
+    found = [
+        (packet.pts if packet.pts is not None else packet.dts, packet.is_keyframe)
+        for packet in container.demux(stream)
+        if packet.size and not packet.is_discard
+    ]
+    times = np.array([time for time, _ in found if time is not None], np.int64)
+    if not len(times):
+        raise SampleError("no_frames", "the video stream holds no frames")
+    order = np.argsort(times, kind="stable")
+    is_key = np.array([key for time, key in found if time is not None], np.bool_)
+    return _Packets(times[order], is_key[order])
+
+
+def _decode(
+    container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets, numbers: Sequence[int]
+) -> Iterator[Image.Image]:
+    """The frames with these numbers, which rise; seeks only where a key frame lies between two of them."""
+    stream.codec_context.options = _STRICT
+    stream.thread_type = "NONE"  # the loader's own threads decode several videos at once
+    key_numbers = np.flatnonzero(packets.is_key)
+    frames: Iterator[av.VideoFrame] = iter(())
+    frame: av.VideoFrame | None = None
+    at = -1  # number of the frame that was decoded last
+    for number in numbers:
+        before = key_numbers[key_numbers <= number]
+        start = int(before[-1]) if len(before) else 0
+        if frame is None or start > at:
+            container.seek(int(packets.times[start]), stream=stream)
+            frames = container.decode(stream)
+            frame = next(frames, None)
+            at = start
+        wanted = int(packets.times[number])
+        while frame is not None and (frame.pts is None or frame.pts < wanted):
+            frame = next(frames, None)
+            if frame is not None and frame.pts is not None:
+                at = int(np.searchsorted(packets.times, frame.pts))
+        if frame is None:
+            raise SampleError("damaged_video", f"frame {number} of {len(packets.times)} cannot be decoded")
+        yield frame.to_image()
