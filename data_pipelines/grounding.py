@@ -82,7 +82,7 @@ def _entries(fields: Mapping[str, Any], name: str, length: int) -> Iterator[tupl
         raise SampleError("malformed_boxes", f"field {name!r} of the .json is a {type(entries).__name__}, no list")
     for entry in entries:
         numbers = entry[:6] if isinstance(entry, list) else []
-        if len(numbers) < 6 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        if len(numbers) < 6 or not all(isinstance(n, int | float) and -1e9 < n < 1e9 for n in numbers):
             raise SampleError(
                 "malformed_boxes",
                 f"{name} has {str(entry)[:80]}; wanted [first character, end, left, top, right, bottom, ...]",

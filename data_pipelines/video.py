@@ -46,6 +46,8 @@ def sample_frames(data: bytes, draws: Float64[np.ndarray, " T"], image_size: int
             if not container.streams.video:
                 raise SampleError("no_video_stream", "the file has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise SampleError("damaged_video", "the video stream is of no known codec")
             packets = _packets(container, stream)
             numbers = frame_numbers(len(packets.times), draws)
             return [squeeze(frame, image_size) for frame in _decode(container, stream, packets, numbers.tolist())]

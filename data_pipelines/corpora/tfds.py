@@ -58,7 +58,7 @@ def convert(
     decoders = None
     if image is not None:
         if not isinstance(_feature(features, image, dataset), tfds.features.Image):
-            raise DataError(f"{dataset}: feature {image!r} is no image; its features: {', '.join(features)}")
+            raise DataError(f"{dataset}: feature {image!r} is no image; its features: {', '.join(sorted(features))}")
         decoders = _nested(image, tfds.decode.SkipDecoding())
     source = _data_source(builder, split, decoders, dataset)
     settings = {"dataset": dataset, "version": str(builder.version), "split": split, "text": text, "image": image}
@@ -98,7 +98,7 @@ def _data_source(builder: tfds.core.DatasetBuilder, split: str, decoders: Any, d
             '.download_and_prepare(file_format="array_record"), or give --data_dir'
         )
     if re.split(r"[\[+]", split)[0] not in splits:
-        raise DataError(f"{dataset}: has no split {split!r}; its splits: {', '.join(splits)}")
+        raise DataError(f"{dataset}: has no split {split!r}; its splits: {', '.join(sorted(splits))}")
     try:
         return builder.as_data_source(split=split, decoders=decoders)
     except (NotImplementedError, ValueError) as error:
@@ -123,8 +123,8 @@ def _feature(features: Any, path: str, dataset: str) -> Any:
     for name in path.split("/"):
         if isinstance(found, tfds.features.Sequence):
             found = found.feature
-        if not isinstance(found, Mapping) or name not in found:
-            raise DataError(f"{dataset}: has no feature {path!r}; its features: {', '.join(features)}")
+        if not isinstance(found, tfds.features.FeaturesDict) or name not in found:
+            raise DataError(f"{dataset}: has no feature {path!r}; its features: {', '.join(sorted(features))}")
         found = found[name]
     return found
 
@@ -163,7 +163,7 @@ def _filled(template: str, words: Mapping[str, str]) -> str:
 
 def _plain(feature: Any, value: Any) -> Any:
     """A feature's value as JSON has it; what JSON cannot hold (images, long arrays) is left out."""
-    if isinstance(feature, Mapping):
+    if isinstance(feature, tfds.features.FeaturesDict):
         plain = {name: _plain(feature[name], inner) for name, inner in value.items() if name in feature}
         return {name: inner for name, inner in plain.items() if inner is not None}
     if isinstance(feature, tfds.features.Sequence):
