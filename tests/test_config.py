@@ -61,6 +61,21 @@ def test_a_good_config_comes_back_unchanged(tiny_config: ExperimentConfig) -> No
         ("data.row_length", {"data.row_length": 7}),  # <s> [IMG] v v v v [/IMG] </s> is 8
         ("data.global_batch_rows", {"data.global_batch_rows": 0}),
         ("data.image_first_probability", {"data.image_first_probability": 1.5}),
+        ("data.phrase_first_probability", {"data.phrase_first_probability": -0.5}),
+        ("data.sources.pairs.max_document_positions", {"data.sources": (source(max_document_positions=5),)}),
+        ("data.sources.pairs.caption", {"data.sources": (source(caption="json."),)}),
+        ("data.sources.pairs.caption", {"data.sources": (source(kind="text", caption="json.text"),)}),
+        ("data.sources.pairs.images_per_document", {"data.sources": (source(images_per_document=8),)}),
+        (
+            "data.sources.pairs.images_per_document",
+            {"data.sources": (source(kind="interleaved", images_per_document=0),)},
+        ),
+        ("data.sources.pairs.video_frames", {"data.sources": (source(kind="video_text", video_frames=0),)}),
+        ("data.sources.pairs.video_frames", {"data.sources": (source(kind="video_text", video_frames=99),)}),
+        (
+            "data.sources.pairs.video_frames",  # 3 + 8 x 6 positions
+            {"data.sources": (source(kind="video_text"),), "data.image_slots": 8, "data.row_length": 50},
+        ),
         ("data.max_bad_share", {"data.max_bad_share": -0.1}),
     ],
 )
@@ -114,6 +129,9 @@ def test_a_bad_decoder_is_named_by_path_when_it_is_what_trains(
         {"data.row_length": 8},
         {"data.sources": (source(), source("others", kind="interleaved"))},
         {"data.sources": (source(kind="text"),), "data.image_slots": 0},
+        {"data.sources": (source(kind="video_text"),), "data.image_slots": 8, "data.row_length": 51},
+        {"data.sources": (source(kind="interleaved", images_per_document=8, max_document_positions=16),)},
+        {"data.sources": (source(caption="json.meta.title"), source("grounded", kind="grounded"))},
         {"data.sources": (source(batch_rows=4, image_slots=1),), "data.mixing": "one_source_per_step"},
         {"model.num_visual_tokens": 16},
         {"model.num_visual_tokens": 1},

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -38,12 +39,20 @@ from data_pipelines.corpora.openmoji_scenes import (
 from data_pipelines.corpora.openmoji_splits import HeldOutRules
 from data_pipelines.corpora.openmoji_stories import random_story
 from data_pipelines.corpora.openmoji_text import counted, joined, plural, prose_paragraphs, prose_passages, with_article
+from data_pipelines.grounding import decode_grounded
+from data_pipelines.pipeline import open_pipeline
+from data_pipelines.video import sample_frames
+from emu2_jax.config import DataConfig, SourceConfig
 from emu2_jax.errors import ConfigError, DataError
+from emu2_jax.tokenizer import Tokenizer
 
 SETTINGS = OpenMojiSettings(
     num_pairs=240,
     num_interleaved=60,
     num_text=50,
+    num_videos=20,
+    num_storyboards=15,
+    num_grounded=40,
     num_heldout_scenes=60,
     num_unseen=20,
     num_emoji=40,
@@ -53,6 +62,9 @@ SETTINGS = OpenMojiSettings(
 ALL_EMOJI = [one for group in GROUPS for one in catalogue(group)]
 APPLE, DOG = Emoji("1F34E", "red apple"), Emoji("1F415", "dog")
 
+
+#: The kinds of training shards that show something.
+WITH_PICTURES = ("pairs", "interleaved", "videos", "storyboards", "grounded")
 
 RELATION_WORDS = ("above", "over", "below", "under", "left of", "right of")
 
@@ -313,7 +325,8 @@ def test_story_events_say_what_changed() -> None:
 
 def test_counts_and_keys(corpus: Path) -> None:
     info = json.loads((corpus / "corpus.json").read_text())
-    kinds = {"pairs": 240, "interleaved": 60, "text": 50, "scenes": 60, "unseen": 20}
+    training = {"pairs": 240, "interleaved": 60, "text": 50, "videos": 20, "storyboards": 15, "grounded": 40}
+    kinds = training | {"scenes": 60, "unseen": 20}
     assert info["samples"] == kinds
     keys = [key for kind in kinds for key, _ in samples(corpus, kind)]
     assert len(keys) == len(set(keys)) == sum(kinds.values())
@@ -326,7 +339,9 @@ def test_counts_and_keys(corpus: Path) -> None:
 def test_parts_of_each_kind(corpus: Path) -> None:
     assert all(set(parts) == {"png", "txt", "json"} for _, parts in samples(corpus, "pairs"))
     assert all(set(parts) == {"txt"} for _, parts in samples(corpus, "text"))
-    for _, parts in samples(corpus, "interleaved"):
+    assert all(set(parts) == {"mp4", "txt", "json"} for _, parts in samples(corpus, "videos"))
+    assert all(set(parts) == {"png", "txt", "json"} for _, parts in samples(corpus, "grounded"))
+    for _, parts in itertools.chain(samples(corpus, "interleaved"), samples(corpus, "storyboards")):
         story = json.loads(parts["json"])
         assert [parts[f"{i}.txt"].decode() for i in range(len(story["texts"]))] == story["texts"]
         assert {part for part in parts if part.endswith("png")} == {f"{i}.png" for i in range(len(story["scenes"]))}
@@ -334,7 +349,7 @@ def test_parts_of_each_kind(corpus: Path) -> None:
 
 def test_training_holds_nothing_that_is_held_out(corpus: Path) -> None:
     rules = HeldOutRules(SETTINGS.seed, SETTINGS.heldout_pair_share, SETTINGS.heldout_placement_share)
-    training = scenes_of(corpus, "pairs") + scenes_of(corpus, "interleaved")
+    training = [document for kind in WITH_PICTURES for document in scenes_of(corpus, kind)]
     heldout = scenes_of(corpus, "scenes")
     assert not any(rules.holds_out_any(document) for document in training)
     assert all(rules.holds_out_any(document) for document in heldout)
@@ -375,7 +390,7 @@ def test_unseen_emoji_are_never_in_training(corpus: Path) -> None:
     info = json.loads((corpus / "corpus.json").read_text())
     unseen = set(info["emoji_unseen"])
     assert len(unseen) == 4 and len(info["emoji_seen"]) == 36
-    training = scenes_of(corpus, "pairs") + scenes_of(corpus, "interleaved") + scenes_of(corpus, "scenes")
+    training = [document for kind in (*WITH_PICTURES, "scenes") for document in scenes_of(corpus, kind)]
     assert not unseen & shown(training)
     assert all(unseen & shown([document]) for document in scenes_of(corpus, "unseen"))
     assert unseen <= shown(scenes_of(corpus, "unseen"))
@@ -402,6 +417,90 @@ def test_tokenizer_is_of_llamas_kind(corpus: Path) -> None:
 def test_tokenizer_without_enough_text() -> None:
     with pytest.raises(DataError, match="cannot make 5000 pieces"):
         train_tokenizer(["a small dog"], 5000)
+
+
+def test_videos_show_what_their_captions_say(corpus: Path) -> None:
+    for _, parts in samples(corpus, "videos"):
+        fact = json.loads(parts["json"])
+        frames = [Scene.from_json(scene) for scene in fact["scenes"]]
+        assert parts["txt"].decode() == fact["caption"]
+        moving = [frame.objects[-1] for frame in frames]
+        start, end = moving[0], moving[-1]
+        assert f"moves from the {start.position} to the {end.position}" in fact["caption"]
+        assert start.noun_phrase in fact["caption"] and start.boxes != end.boxes
+        sizes = {(right - left, bottom - top) for one in moving for left, top, right, bottom in one.boxes}
+        assert len(sizes) == 1
+        assert all(0 <= edge <= SETTINGS.image_size for one in moving for edge in one.boxes[0])
+        for other in frames[0].objects[:-1]:
+            assert f"stays {place_phrase(other.position)}" in fact["caption"]
+        shown = sample_frames(parts["mp4"], np.full(len(frames), 0.5), SETTINGS.image_size)
+        for frame, picture in zip(frames, shown, strict=True):  # lossy, and colours at half resolution
+            assert np.abs(picture.astype(int) - render(frame)).mean() < 12
+
+
+def test_storyboards_say_what_happened_to_it(corpus: Path) -> None:
+    events = set()
+    for fact in facts(corpus, "storyboards"):
+        scenes = [Scene.from_json(scene) for scene in fact["scenes"]]
+        assert 5 <= len(scenes) == len(fact["texts"]) <= 8
+        for text, before, after in zip(fact["texts"][1:], scenes, scenes[1:], strict=False):
+            old, new = before.objects[0], after.objects[0]
+            assert old.emoji == new.emoji
+            if old.size != new.size:
+                assert text == ("it grows" if new.size == "large" else "it shrinks")
+            elif old.position != new.position:
+                assert text in (f"it goes to the {new.position}", f"now it is {place_phrase(new.position)}")
+            else:
+                assert text == "it stays where it is" and old == new
+            events.add(text.split()[1])
+    assert events == {"goes", "it", "grows", "shrinks", "stays"}
+
+
+def test_grounded_captions_name_every_box(corpus: Path) -> None:
+    several = 0
+    for _, parts in samples(corpus, "grounded"):
+        fact = json.loads(parts["json"])
+        grounded = decode_grounded(parts["json"])
+        assert grounded.text == parts["txt"].decode() == fact["caption"]
+        found = {grounded.text[one.start : one.end]: one.boxes for one in grounded.phrases}
+        scene = Scene.from_json(fact)
+        size = scene.image_size
+        wanted = {one.noun_phrase: {tuple(edge / size for edge in box) for box in one.boxes} for one in scene.objects}
+        assert {phrase: set(boxes) for phrase, boxes in found.items()} == wanted
+        several += any(one.count > 1 for one in scene.objects)
+    assert several > 5
+
+
+def test_every_kind_becomes_rows(corpus: Path, tmp_path: Path) -> None:
+    corpus = shutil.copytree(corpus, tmp_path / "corpus")  # indexes are written beside the shards
+    tokenizer = Tokenizer(corpus / "tokenizer.model")
+    kinds = {"pairs": "image_text", "videos": "video_text", "grounded": "grounded", "text": "text"}
+    kinds |= {"interleaved": "interleaved", "storyboards": "interleaved"}
+    config = DataConfig(
+        sources=tuple(
+            SourceConfig(name=name, kind=kind, shards=f"{corpus}/train/{name}-*.tar", video_frames=4)  # type: ignore[arg-type]
+            for name, kind in kinds.items()
+        ),
+        row_length=320,
+        image_slots=8,
+        global_batch_rows=6,
+    )
+    pipelines = [open_pipeline(config, visual_tokens=4, image_size=32, tokenizer=tokenizer) for _ in range(2)]
+    assert pipelines[0].summary["videos"] == {"shards": 1, "samples": 20}
+    words: set[str] = set()
+    for step in range(12):
+        batch, again = (pipeline.batch(step) for pipeline in pipelines)
+        assert not batch.bad
+        for name, array in batch.fields.items():
+            assert np.array_equal(array, again.fields[name])
+        for row, source in enumerate(batch.sources):
+            text = tokenizer.decode(batch.fields["tokens"][row].tolist())
+            assert ("[VIDEO]" in text) == ("[gIMG]" in text) == (source == "videos")
+            assert ("<patch_index_" in text) == (source == "grounded")
+            images = int(batch.fields["image_mask"][row].sum())
+            assert text.count("[IMG]") == images and batch.fields["is_visual"][row].sum() == 4 * images
+            words |= {word for word in ("[VIDEO]", "<grounding>", "</delimiter_of_multi_objects/>") if word in text}
+    assert len(words) == 3
 
 
 def test_processes_do_not_change_a_byte(corpus: Path, tmp_path: Path) -> None:
@@ -440,7 +539,9 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_killed_build_starts_anew(tmp_path: Path) -> None:
-    small = dataclasses.replace(SETTINGS, num_pairs=100, num_interleaved=20, num_heldout_scenes=4, num_unseen=2)
+    none: dict[str, Any] = {"num_videos": 0, "num_storyboards": 0, "num_grounded": 0}
+    few: dict[str, Any] = {"num_pairs": 100, "num_interleaved": 20, "num_heldout_scenes": 4, "num_unseen": 2}
+    small = dataclasses.replace(SETTINGS, **none, **few)
 
     def stop(what: str, done: int, total: int) -> None:
         if done:
@@ -463,6 +564,7 @@ def test_killed_build_starts_anew(tmp_path: Path) -> None:
         ("num_emoji", 5),
         ("num_emoji", 100_000),
         ("num_pairs", -1),
+        ("num_videos", -1),
         ("num_text", 1_000_000),
         ("unseen_share", 0.0),
         ("max_objects", 5),

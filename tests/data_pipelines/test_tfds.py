@@ -108,7 +108,7 @@ def test_one_sample_for_each_of_several_texts(pets: str, tmp_path: Path) -> None
 def test_texts_alone_and_examples_without_one(pets: str, tmp_path: Path) -> None:
     counts = convert(pets, tmp_path / "out", split="train[:3]", image=None, text="Question: {question} {answers}")
     found = members(tmp_path / "out")
-    assert set(name.partition(".")[2] for name in found) == {"txt"}
+    assert {name.partition(".")[2] for name in found} == {"txt"}
     assert counts["samples"] == len(found) and counts["missing_text"] + counts["samples"] >= 3
     assert all(text in (b"Question: which? a", b"Question: which? b") for text in found.values())
 
