@@ -335,7 +335,10 @@ def scan_shard(path: str, kind: Kind, tokenizer: Tokenizer | None, caption: str 
     groups, unused = _group_parts(path, kind, caption)
     if not groups:
         found = ", ".join(f".{suffix} ({count})" for suffix, count in unused.most_common(4)) or "no member"
-        raise DataError(f"{path}: holds no part of an {kind} sample; found {found}; see docs/data.md for the layout")
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise DataError(
+            f"{path}: holds no part of {article} {kind} sample; found {found}; see docs/data.md for the layout"
+        )
     reader = ShardReader([path])
     good: list[tuple[str, list[_Part]]] = []
     bad: list[BadSample] = []

@@ -29,6 +29,8 @@ from emu2_jax.config import (
 #: Measured on caption data: a row of 2048 positions holds 22 pairs of 64 + 29 positions, or 3.6 videos of 8 frames.
 PAIRS_PER_ROW = 22
 VIDEOS_PER_ROW = 3
+#: Reckoned, not measured: a grounded pair has 25 positions more, for two phrases with a box each and `<grounding>`.
+GROUNDED_PER_ROW = 17
 
 
 def rows_for(samples: int, samples_per_row: int) -> int:
@@ -53,7 +55,7 @@ def stage1a() -> ExperimentConfig:
                 ),
                 SourceConfig(
                     name="webvid",
-                    kind="interleaved",
+                    kind="video_text",
                     shards="data/webvid/*.tar",
                     weight=7e6 / 768,  # 7 M video-text pairs in batches of 768
                     batch_rows=rows_for(768, VIDEOS_PER_ROW),
@@ -100,22 +102,39 @@ def stage2() -> ExperimentConfig:
                     name="image_text",
                     kind="image_text",
                     shards="data/image_text/*.tar",
-                    weight=12_500,  # steps: 160 M pairs / 12800
+                    weight=6_250,  # 12,500 steps: 160 M pairs / 12800; **open**: half of them grounded
                     batch_rows=rows_for(12_800, PAIRS_PER_ROW),
                 ),
                 SourceConfig(
+                    name="grounded",
+                    kind="grounded",
+                    shards="data/grounded/*.tar",
+                    weight=6_250,
+                    batch_rows=rows_for(12_800, GROUNDED_PER_ROW),
+                ),
+                SourceConfig(
                     name="video_text",
-                    kind="interleaved",
+                    kind="video_text",
                     shards="data/video_text/*.tar",
                     weight=2_750,  # open: half of the remaining 5.5 k steps
                     batch_rows=rows_for(6_400, VIDEOS_PER_ROW),
                 ),
                 SourceConfig(
-                    name="interleaved",
+                    name="mmc4",
                     kind="interleaved",
-                    shards="data/interleaved/*.tar",
-                    weight=2_750,  # open: the other half
-                    batch_rows=rows_for(3_200, 2),  # documents are cut at 1024 positions
+                    shards="data/mmc4/*.tar",
+                    weight=1_375,  # open: half of the other half
+                    batch_rows=rows_for(3_200, 2),
+                    image_slots=16,
+                    images_per_document=8,
+                    max_document_positions=1_024,
+                ),
+                SourceConfig(
+                    name="storyboard",
+                    kind="interleaved",
+                    shards="data/storyboard/*.tar",
+                    weight=1_375,
+                    batch_rows=rows_for(3_200, 1),  # a storyboard has many frames: up to a whole row
                 ),
                 SourceConfig(
                     name="text",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,7 @@ def add_validate(add: AddCommand) -> None:
     command.add_argument("source", choices=SOURCES, metavar="SOURCE", help=", ".join(SOURCES))
     command.add_argument("shards", help="pattern as in a config: 'data/{000000..000041}.tar', 'data/*.tar'")
     command.add_argument("--caption", default="txt", help="where the text of a pair is: txt, or json.FIELD (txt)")
+    command.add_argument("--samples", type=int, metavar="N", help="the first N samples of each shard (all)")
     command.epilog = VALIDATE_EPILOG
 
 
@@ -130,7 +132,13 @@ def _validate(arguments: argparse.Namespace, rest: list[str]) -> None:
     from data_pipelines.corpora.validate import validate
     from data_pipelines.shards import expand_shards
 
-    found = validate(expand_shards(arguments.shards, "SHARDS"), arguments.source, caption=arguments.caption)
+    found = validate(
+        expand_shards(arguments.shards, "SHARDS"),
+        arguments.source,
+        caption=arguments.caption,
+        samples_per_shard=arguments.samples,
+        threads=os.cpu_count() or 1,
+    )
     for line in found.lines():
         print(line)
     found.check()

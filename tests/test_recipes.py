@@ -243,6 +243,21 @@ def test_rows_hold_the_papers_samples_and_divide_over_64_devices() -> None:
             assert source.batch_rows % 64 == 0
 
 
+def test_sources_are_read_as_the_paper_reads_them() -> None:
+    kinds = {name: {s.name: s.kind for s in recipes.get(name).data.sources} for name in PRETRAINING}
+    assert kinds["emu2_37b_stage1a"] == {"laion": "image_text", "webvid": "video_text"} == kinds["emu2_37b_stage1b"]
+    assert set(kinds["emu2_37b_stage2"].values()) == {"image_text", "grounded", "video_text", "interleaved", "text"}
+    data = recipes.get("emu2_37b_stage2").data
+    sources = {source.name: source for source in data.sources}
+    assert sources["video_text"].video_frames == recipes.get("emu2_37b_stage1a").data.sources[1].video_frames == 8
+    assert (sources["mmc4"].images_per_document, sources["mmc4"].max_document_positions) == (8, 1024)
+    assert all(source.max_document_positions is None for source in data.sources if source.name != "mmc4")
+    assert data.max_document_positions is None and data.phrase_first_probability == 0.7
+    steps = {name: source.weight for name, source in sources.items()}
+    assert sum(steps.values()) == 20_300  # of 20,350
+    assert steps["image_text"] + steps["grounded"] == 12_500 and steps["text"] == 2_300
+
+
 def test_tiny_recipes_differ_from_the_full_ones_in_numbers_only() -> None:
     """The same parts, and the same leaves in each of them."""
     for stage in ("stage2", "decoder"):

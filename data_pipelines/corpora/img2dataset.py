@@ -26,19 +26,20 @@ from data_pipelines.kinds import Kind
 KIND: Kind = "image_text"
 
 
-def remarks(index: SampleIndex) -> Iterator[str]:
-    """What the statistics beside a shard say against it: nothing where they agree with its index."""
+def remarks(index: SampleIndex) -> Iterator[tuple[str, str]]:
+    """What the statistics beside a shard say against it, in a word and in a sentence: nothing where they agree."""
     shard = Path(index.paths[0])
     stats = shard.with_name(f"{shard.stem}_stats.json")
     try:
         fields = json.loads(stats.read_text(encoding="utf-8"))
         successes = int(fields["successes"])
     except FileNotFoundError:
-        yield f"{shard}: no {stats.name} beside it; the download may not have been finished"
+        yield "no_statistics", f"{shard}: no {stats.name} beside it; the download may not have been finished"
         return
     except (OSError, ValueError, LookupError, TypeError):
-        yield f"{stats}: no statistics of a download; wanted an object with the number of `successes`"
+        yield "bad_statistics", f"{stats}: no statistics of a download; wanted an object with the number of `successes`"
         return
     found = len(index) + len(index.bad)
     if found != successes:
-        yield f"{shard}: holds {found} samples, but {stats.name} says {successes}; the download may have been resumed"
+        line = f"{shard}: holds {found} samples, but {stats.name} says {successes}; the download may have been resumed"
+        yield "other_statistics", line

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import collections
+import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+from tqdm import tqdm
 
 from data_pipelines import samples as samples_
 from data_pipelines.corpora import SOURCES
@@ -33,17 +36,26 @@ class Validation:
     samples: int = 0  #: that can be used
     parts: collections.Counter[str] = field(default_factory=collections.Counter)  #: texts, images, videos
     bad: collections.Counter[str] = field(default_factory=collections.Counter)  #: samples or images, by cause
-    examples: dict[str, BadSample] = field(default_factory=dict)  #: the first one of each cause
-    remarks: list[str] = field(default_factory=list)
+    remarks: collections.Counter[str] = field(default_factory=collections.Counter)  #: on shards, by what is odd
+    examples: dict[str, str] = field(default_factory=dict)  #: the first one of each cause and remark
     broken: list[str] = field(default_factory=list)  #: what is wrong with shards that are not of the layout
+
+    def add(self, other: Validation) -> None:
+        """Counts what was found in more shards."""
+        self.shards += other.shards
+        self.samples += other.samples
+        self.parts += other.parts
+        self.bad += other.bad
+        self.remarks += other.remarks
+        self.examples = other.examples | self.examples
+        self.broken += other.broken
 
     def lines(self) -> Iterator[str]:
         """The findings, for people to read."""
         parts = "".join(f", {count:,} {what}" for what, count in sorted(self.parts.items()))
         yield f"{self.shards:,} shards, {self.samples:,} samples that can be used{parts}"
-        for cause, count in self.bad.most_common():
+        for cause, count in (self.bad + self.remarks).most_common():
             yield f"{cause} {count:,}; for example {self.examples[cause]}"
-        yield from self.remarks
         yield from self.broken
 
     def check(self) -> None:
@@ -55,35 +67,47 @@ class Validation:
             raise DataError(f"no sample can be used; for example {next(iter(self.examples.values()))}")
 
 
-def validate(paths: Sequence[str], source: str, *, caption: str = TEXT_SUFFIX) -> Validation:
-    """Reads and decodes every sample of the shards as training would."""
+def validate(
+    paths: Sequence[str],
+    source: str,
+    *,
+    caption: str = TEXT_SUFFIX,
+    samples_per_shard: int | None = None,
+    threads: int = 1,
+) -> Validation:
+    """Reads and decodes the first samples of each shard (None = all) as training would."""
+    check = functools.partial(_validate_shard, source=source, caption=caption, limit=samples_per_shard)
+    total = Validation()
+    with ThreadPoolExecutor(threads) as pool:  # decoders let other threads run
+        for found in tqdm(pool.map(check, paths), "validate", len(paths), unit="shard", leave=False, disable=None):
+            total.add(found)
+    return total
+
+
+def _validate_shard(path: str, *, source: str, caption: str, limit: int | None) -> Validation:
     found = Validation()
-    for path in paths:
-        try:
-            _validate_shard(path, source, caption, found)
-        except DataError as error:
-            found.broken.append(str(error))
-    return found
-
-
-def _validate_shard(path: str, source: str, caption: str, found: Validation) -> None:
-    index = scan_shard(path, SOURCES[source], None, caption)
-    if source in _DOWNLOADED:
-        module = importlib.import_module(f"data_pipelines.corpora.{source}")
-        remarks: Callable[[SampleIndex], Iterator[str]] = module.remarks
-        found.remarks += remarks(index)
-    reader = ShardReader([path])
-    bad = list(index.bad)
-    for sample in range(len(index)):
-        unusable = list(_bad_parts(index, reader, sample, found.parts))
-        # A document goes on without an image; anything else is one sample with what makes it.
-        found.samples += not unusable or (index.kind == "interleaved" and all(is_image for _, is_image in unusable))
-        bad += [one for one, _ in unusable]
-    reader.close()
-    found.shards += 1
+    try:
+        index = scan_shard(path, SOURCES[source], None, caption)
+        reader = ShardReader([path])
+        bad = list(index.bad)
+        for sample in range(len(index) if limit is None else min(limit, len(index))):
+            unusable = list(_bad_parts(index, reader, sample, found.parts))
+            # A document goes on without an image; anything else is one sample with what makes it.
+            goes_on = index.kind == "interleaved" and all(is_image for _, is_image in unusable)
+            found.samples += goes_on or not unusable
+            bad += [one for one, _ in unusable]
+        reader.close()
+    except DataError as error:
+        return Validation(broken=[str(error)])
+    found.shards = 1
     for one in bad:
         found.bad[one.cause] += 1
-        found.examples.setdefault(one.cause, one)
+        found.examples.setdefault(one.cause, str(one))
+    if source in _DOWNLOADED:
+        for what, line in importlib.import_module(f"data_pipelines.corpora.{source}").remarks(index):
+            found.remarks[what] += 1
+            found.examples.setdefault(what, line)
+    return found
 
 
 def _bad_parts(

@@ -92,14 +92,18 @@ def test_what_is_wrong_with_a_download_is_counted_and_said(write_shard: WriteSha
     path = download(write_shard, samples, successes=5)
     found = validate([path], "img2dataset")
     assert (found.samples, dict(found.bad)) == (1, {"damaged_image": 1, "invalid_utf8": 1, "missing_text": 1})
-    assert found.remarks == [
+    assert dict(found.remarks) == {"other_statistics": 1}
+    assert found.examples["other_statistics"] == (
         f"{path}: holds 4 samples, but 00000_stats.json says 5; the download may have been resumed"
-    ]
+    )
     assert any(line.startswith(f"damaged_image 1; for example damaged_image: {path}, sample '000000001', byte ")
                for line in found.lines())  # fmt: skip
     found.check()
     Path(path).with_name("00000_stats.json").unlink()
-    assert "may not have been finished" in validate([path], "img2dataset").remarks[0]
+    found = validate([path], "img2dataset", samples_per_shard=1, threads=2)
+    assert "may not have been finished" in found.examples["no_statistics"] and found.samples == 1
+    Path(path).with_name("00000_stats.json").write_text("[]")
+    assert dict(validate([path], "img2dataset").remarks) == {"bad_statistics": 1}
 
 
 def test_shards_of_another_layout_are_refused(write_shard: WriteShard, tmp_path: Path) -> None:
