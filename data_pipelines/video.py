@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import av
@@ -81,13 +81,14 @@ def _decode(
     key_numbers = np.flatnonzero(packets.is_key)
     frames: Iterator[av.VideoFrame] = iter(())
     frame: av.VideoFrame | None = None
+    wanted_times = frozenset(packets.times[list(numbers)].tolist())
     at = -1  # number of the frame that was decoded last
     for number in numbers:
         before = key_numbers[key_numbers <= number]
         start = int(before[-1]) if len(before) else 0
         if frame is None or start > at:
             container.seek(int(packets.times[start]), stream=stream)
-            frames = container.decode(stream)
+            frames = _frames(container, stream, wanted_times)
             frame = next(frames, None)
             at = start
         wanted = int(packets.times[number])
@@ -98,3 +99,13 @@ def _decode(
         if frame is None:
             raise SampleError("damaged_video", f"frame {number} of {len(packets.times)} cannot be decoded")
         yield frame.to_ndarray(format="rgb24")
+
+
+def _frames(
+    container: av.container.InputContainer, stream: av.VideoStream, wanted_times: Collection[int]
+) -> Iterator[av.VideoFrame]:
+    """Decodes on from where the container is; of what no other frame depends on, only the wanted frames."""
+    for packet in container.demux(stream):
+        wanted = packet.pts is None or packet.pts in wanted_times
+        stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
+        yield from packet.decode()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -53,6 +55,16 @@ def test_equal_draws_give_equal_pixels() -> None:
     first, second = (np.stack(sample_frames(data, draws, 32)) for _ in range(2))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, np.stack(sample_frames(data, draws[::-1].copy(), 32)))
+
+
+def test_frames_that_are_skipped_on_the_way_change_nothing() -> None:
+    data = noisy_video()  # 24 frames, with B-frames that others do and do not depend on
+    with av.open(io.BytesIO(data), "r") as container:
+        everything = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    for count in (1, 3, 8, 24):
+        draws = np.random.default_rng(count).random(count)
+        expected = [everything[number] for number in frame_numbers(24, draws)]
+        assert np.array_equal(sample_frames(data, draws, 64), expected)
 
 
 @pytest.mark.parametrize(
