@@ -133,17 +133,41 @@ def measure(
     index: SampleIndex, samples: Int64[np.ndarray, " n"], rules: DocumentRules, seed: int
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
     """Positions and images of the documents of `samples`, from the index alone."""
-    seen = index.num_images[samples]
-    lengths = 2 + index.num_tokens[samples] + seen * rules.visual_positions
+    if rules.images_per_document is None:
+        tokens, seen = index.num_tokens[samples], index.num_images[samples]
+    else:
+        tokens, seen = _sampled_sizes(index, samples, rules.images_per_document, seed)
+    lengths = 2 + tokens + seen * rules.visual_positions
     images = seen * rules.visual_images
-    outlined = (lengths > rules.max_positions) | (images > rules.max_images)
-    if rules.images_per_document is not None:
-        num_parts = index.starts[samples + 1] - index.starts[samples]
-        outlined |= (seen > rules.images_per_document) | (num_parts != 2 * seen)  # a slot may be left out
-    for i in np.flatnonzero(outlined):
+    for i in np.flatnonzero((lengths > rules.max_positions) | (images > rules.max_images)):
         cut = outline(index, int(samples[i]), rules, seed)
         lengths[i], images[i] = cut.length, cut.num_images
     return lengths, images
+
+
+def _sampled_sizes(
+    index: SampleIndex, samples: Int64[np.ndarray, " n"], count: int, seed: int
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """Text tokens and images of what `_sampled_parts` keeps of each sample, for all samples at once."""
+    first, num_parts = index.starts[samples], index.starts[samples + 1] - index.starts[samples]
+    documents = np.repeat(np.arange(len(samples)), num_parts)
+    parts = np.arange(len(documents)) + np.repeat(first - (np.cumsum(num_parts) - num_parts), num_parts)
+    is_image = index.is_image[parts]
+    # The images of each document in the order of their draws, and the place of each in that order.
+    images, of_document = parts[is_image], documents[is_image]
+    order = np.lexsort((uniforms(stream_seed(seed, "images"), images), of_document))
+    num_images = np.bincount(of_document, minlength=len(samples))
+    places = np.empty(len(images), np.int64)
+    places[order] = np.arange(len(images)) - np.repeat(np.cumsum(num_images) - num_images, num_images)
+    taken = np.zeros(len(parts), np.bool_)
+    taken[is_image] = places < count
+    # A text stands directly before the image of its slot; it stays with it, or when its document has no image at all.
+    same_slot = (np.diff(index.slots[parts]) == 0) & (np.diff(documents) == 0)
+    kept = taken.copy()
+    kept[:-1] |= same_slot & taken[1:]
+    kept |= num_images[documents] == 0
+    tokens = np.bincount(documents, weights=np.where(kept, index.tokens[parts], 0), minlength=len(samples))
+    return tokens.astype(np.int64), np.minimum(num_images, count)
 
 
 def read_document(

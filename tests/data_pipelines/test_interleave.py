@@ -258,10 +258,20 @@ def test_sampled_images_bring_their_sentences_and_nothing_else(write_shard: Writ
 
 
 def test_lengths_of_sampled_documents_come_from_the_index(write_shard: WriteShard, tokenizer: Tokenizer) -> None:
-    index = _gallery(write_shard, tokenizer)
-    for count, limit in [(1, 100), (3, 100), (6, 100), (7, 100), (3, 12)]:
-        rules = dataclasses.replace(TEXT_FIRST, images_per_document=count, max_positions=limit, max_images=9)
-        lengths, images = measure(index, np.arange(3), rules, seed=3)
-        for sample in range(3):
-            plan = outline(index, sample, rules, seed=3)
-            assert (plan.length, plan.num_images) == (lengths[sample], images[sample])
+    rng = np.random.default_rng(0)
+    members: list[tuple[str, bytes]] = []
+    for sample in range(60):
+        for slot in rng.permutation(rng.integers(1, 12)):
+            if rng.random() < 0.8 or slot == 0:
+                members.append((f"{sample}.{slot}.txt", " ".join(rng.choice(WORDS, rng.integers(1, 9))).encode()))
+            if rng.random() < 0.6:
+                members.append((f"{sample}.{slot}.png", b""))
+    index = scan_shard(write_shard("a.tar", members), "interleaved", tokenizer)
+    assert (index.num_images == 0).any() and (index.num_images > 7).any()
+    samples = rng.permutation(len(index))
+    for count, limit in [(1, 400), (3, 400), (7, 400), (99, 400), (3, 20)]:
+        rules = dataclasses.replace(TEXT_FIRST, images_per_document=count, max_positions=limit, max_images=99)
+        lengths, images = measure(index, samples, rules, seed=3)
+        plans = [outline(index, int(sample), rules, seed=3) for sample in samples]
+        assert lengths.tolist() == [plan.length for plan in plans]
+        assert images.tolist() == [plan.num_images for plan in plans]
