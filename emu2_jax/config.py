@@ -19,7 +19,7 @@ Part = Literal["visual_encoder", "project_up", "language_model", "project_down",
 #: What a sample of a source is made of, and what sequence it becomes (docs/data.md).
 SampleKind = Literal["image_text", "video_text", "interleaved", "grounded", "text"]
 
-_CAPTION = re.compile(r"[\w-]+(\.[\w-]+)*")
+_CAPTION = re.compile(r"(?!json$)[\w-]+(\.[\w-]+)*")
 
 
 @dataclass(frozen=True, kw_only=True)

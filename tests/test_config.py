@@ -64,6 +64,7 @@ def test_a_good_config_comes_back_unchanged(tiny_config: ExperimentConfig) -> No
         ("data.phrase_first_probability", {"data.phrase_first_probability": -0.5}),
         ("data.sources.pairs.max_document_positions", {"data.sources": (source(max_document_positions=5),)}),
         ("data.sources.pairs.caption", {"data.sources": (source(caption="json."),)}),
+        ("data.sources.pairs.caption", {"data.sources": (source(caption="json"),)}),
         ("data.sources.pairs.caption", {"data.sources": (source(kind="text", caption="json.text"),)}),
         ("data.sources.pairs.images_per_document", {"data.sources": (source(images_per_document=8),)}),
         (

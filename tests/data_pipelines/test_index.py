@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_shards import WORDS, WriteShard, picture
 
+from data_pipelines import kinds
 from data_pipelines.index import (
     SampleIndex,
     index_paths,
@@ -234,6 +235,26 @@ def test_bad_samples_are_left_out_and_counted(write_shard: WriteShard, tokenizer
     with tarfile.open(path) as tar:
         assert index.bad[2].offset == tar.getmember("latin.txt").offset
     assert str(index.bad[0]).startswith(f"missing_text: {path}, sample 'lonely', byte ")
+
+
+def test_enormous_texts_are_left_out_unread(
+    write_shard: WriteShard, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kinds, "MAX_TEXT_BYTES", 100)
+    path = write_shard("a.tar", [("a.txt", b"cat"), ("b.txt", b"cat " * 26), ("c.txt", b"\0cat\0 dog"), ("d.txt", b"")])
+    index = scan_shard(path, "text", tokenizer)
+    assert [index.key(s) for s in range(len(index))] == ["a", "c"]  # NUL is a character like any other
+    assert [(b.cause, b.key) for b in index.bad] == [("text_too_large", "b"), ("empty_text", "d")]
+
+
+def test_each_caption_has_an_index_of_its_own(write_shard: WriteShard, tokenizer: Tokenizer) -> None:
+    members = [("a.jpg", picture(1)), ("a.txt", b"cat"), ("a.json", b'{"long": "one red cat"}')]
+    path = write_shard("a.tar", members)
+    for _ in range(2):
+        assert open_shard(path, "image_text", tokenizer).num_tokens.tolist() == [1]
+        assert open_shard(path, "image_text", tokenizer, "json.long").num_tokens.tolist() == [3]
+    names = sorted(os.listdir(Path(path).parent))
+    assert names == ["a.tar", "a.tar.image_text.index.npz", "a.tar.image_text.json.long.index.npz"]
 
 
 # --- the stored index -------------------------------------------------------------------------------------------------

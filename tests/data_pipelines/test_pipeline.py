@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_shards import WORDS, WriteShard, cut_picture, picture
+from tiny_videos import video
 
 from data_pipelines.pipeline import (
     ImageBatch,
@@ -231,6 +232,58 @@ def test_bad_sample_leaves_a_hole_and_nothing_else_moves(write_shard: WriteShard
     assert not batch.fields["segment_ids"][0, hole].any() and not batch.fields["loss_weights"][0, hole].any()
     assert batch.fields["image_mask"][0].tolist() == [i != place for i in range(6)]
     assert np.unique(batch.fields["segment_ids"]).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_bad_video_leaves_its_positions_and_its_slots_empty(write_shard: WriteShard, tokenizer: Tokenizer) -> None:
+    members = []
+    for i, data in enumerate((video(9), video(9)[:-400], video(9))):
+        members += [(f"{i}.mp4", data), (f"{i}.txt", b"cat")]
+    source = _source(write_shard("clips.tar", members), "clips", "video_text", video_frames=2)
+    settings: dict[str, Any] = {"row_length": 3 * 12, "image_slots": 6, "global_batch_rows": 1}
+    batch = _open(tokenizer, source, **settings).batch(0)
+    assert [(one.cause, one.key) for one in batch.bad] == [("damaged_video", "1")]
+    assert (batch.num_samples, batch.num_documents) == (3, 2)
+    segments = batch.fields["segment_ids"][0].reshape(3, 12)
+    empty = int(np.flatnonzero(~segments.any(axis=1))[0])
+    assert [bool(row.all()) for row in segments] == [i != empty for i in range(3)]
+    mask = batch.fields["image_mask"][0].reshape(3, 2)
+    assert mask.tolist() == [[i != empty] * 2 for i in range(3)]
+    visual = batch.fields["is_visual"][0]
+    assert (batch.fields["visual_index"][0][visual] // 2).tolist() == np.repeat(np.flatnonzero(mask), 2).tolist()
+    assert (batch.fields["tokens"][0][visual] == tokenizer.frame_id).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"video_frames": 7}, "video_frames: got 7; wanted 1 to the 6 image slots of a row"),
+        (
+            {"video_frames": 6, "max_document_positions": 20},
+            "video_frames: 6 frames take 27 positions; a document has 20",
+        ),
+        ({"max_document_positions": 99}, r"sources\.clips\.max_document_positions: got 99; wanted 3 \.\.\. .* = 36"),
+    ],
+)
+def test_videos_that_can_never_fit(
+    write_shard: WriteShard, tokenizer: Tokenizer, settings: dict[str, int], message: str
+) -> None:
+    source = _source(
+        write_shard("clips.tar", [("a.mp4", video(3)), ("a.txt", b"cat")]), "clips", "video_text", **settings
+    )
+    with pytest.raises(ConfigError, match=message):
+        _open(tokenizer, source, row_length=36, image_slots=6)
+
+
+def test_documents_of_one_source_are_cut_by_themselves(write_shard: WriteShard, tokenizer: Tokenizer) -> None:
+    text = " ".join(WORDS * 2).encode()
+    sources = [
+        _source(write_shard(f"{name}.tar", [("a.txt", text)]), name, "text", max_document_positions=limit)
+        for name, limit in (("long", None), ("short", 10))
+    ]
+    pipeline = _open(tokenizer, *sources, row_length=40, global_batch_rows=2)
+    batch = pipeline.batch(0)
+    lengths = {name: int((batch.fields["segment_ids"][i] > 0).sum()) for i, name in enumerate(batch.sources)}
+    assert lengths == {"long": 22, "short": 10} and batch.num_cut == 1
 
 
 def test_too_many_bad_samples_stop_the_run_with_causes_and_an_example(
