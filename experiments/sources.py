@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipelines.corpora import SOURCES
+from data_pipelines.corpora import KINDS, SOURCES
 
 CONVERT_EPILOG = """\
 img2dataset, video2dataset and grit need no conversion: training reads their shards as they are. docs/sources.md has the
@@ -71,7 +71,10 @@ def add_sources(convert: AddCommand) -> None:
 def add_validate(add: AddCommand) -> None:
     """Adds `validate`."""
     command = add("validate", _validate, "look through the shards of a source")
-    command.add_argument("source", choices=SOURCES, metavar="SOURCE", help=", ".join(SOURCES))
+    names = sorted({*SOURCES, *KINDS})
+    command.add_argument(
+        "source", choices=names, metavar="SOURCE", help=f"{', '.join(SOURCES)}; or a kind: {', '.join(KINDS)}"
+    )
     command.add_argument("shards", help="pattern as in a config: 'data/{000000..000041}.tar', 'data/*.tar'")
     command.add_argument("--caption", default="txt", help="where the text of a pair is: txt, or json.FIELD (txt)")
     command.add_argument("--samples", type=int, metavar="N", help="the first N samples of each shard (all)")

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines import samples as samples_
-from data_pipelines.corpora import SOURCES
+from data_pipelines.corpora import KINDS, SOURCES
 from data_pipelines.grounding import decode_grounded
 from data_pipelines.index import BadSample, SampleIndex, scan_shard
 from data_pipelines.kinds import TEXT_SUFFIX, SampleError, check_text_size
@@ -75,7 +75,10 @@ def validate(
     samples_per_shard: int | None = None,
     threads: int = 1,
 ) -> Validation:
-    """Reads and decodes the first samples of each shard (None = all) as training would."""
+    """Reads and decodes the first samples of each shard (None = all) as training would.
+
+    `source` is one of `SOURCES`, or a kind, for shards of no particular source.
+    """
     check = functools.partial(_validate_shard, source=source, caption=caption, limit=samples_per_shard)
     total = Validation()
     with ThreadPoolExecutor(threads) as pool:  # decoders let other threads run
@@ -87,7 +90,7 @@ def validate(
 def _validate_shard(path: str, *, source: str, caption: str, limit: int | None) -> Validation:
     found = Validation()
     try:
-        index = scan_shard(path, SOURCES[source], None, caption)
+        index = scan_shard(path, SOURCES.get(source) or KINDS[source], None, caption)
         reader = ShardReader([path])
         bad = list(index.bad)
         for sample in range(len(index) if limit is None else min(limit, len(index))):

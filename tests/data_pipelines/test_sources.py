@@ -104,6 +104,7 @@ def test_what_is_wrong_with_a_download_is_counted_and_said(write_shard: WriteSha
     assert "may not have been finished" in found.examples["no_statistics"] and found.samples == 1
     Path(path).with_name("00000_stats.json").write_text("[]")
     assert dict(validate([path], "img2dataset").remarks) == {"bad_statistics": 1}
+    assert not validate([path], "image_text").remarks
 
 
 def test_shards_of_another_layout_are_refused(write_shard: WriteShard, tmp_path: Path) -> None:
