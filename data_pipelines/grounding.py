@@ -78,6 +78,8 @@ def decode_grounded(data: bytes) -> GroundedCaption:
 
 def _entries(fields: Mapping[str, Any], name: str, length: int) -> Iterator[tuple[int, int, Box]]:
     entries = fields.get(name) or []
+    if isinstance(entries, str):  # downloaders that keep tables of text write lists as text
+        entries = decode_json(b'{"entries": %s}' % entries.encode("utf-8", "replace")).get("entries")
     if not isinstance(entries, list):
         raise SampleError("malformed_boxes", f"field {name!r} of the .json is a {type(entries).__name__}, no list")
     for entry in entries:

@@ -13,10 +13,12 @@ and answers there.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,31 +54,25 @@ def convert(
     """
     builder = _builder(dataset, data_dir)
     features = builder.info.features
-    names = _FIELD.findall(text) or [text]
-    for name in names:
-        _feature(features, name, dataset)
-    decoders = None
-    if image is not None:
-        if not isinstance(_feature(features, image, dataset), tfds.features.Image):
-            raise DataError(f"{dataset}: feature {image!r} is no image; its features: {', '.join(sorted(features))}")
-        decoders = _nested(image, tfds.decode.SkipDecoding())
+    texts = {name: _find(features, name, dataset) for name in _FIELD.findall(text) or [text]}
+    picture = None if image is None else _find(features, image, dataset)
+    if picture is not None and (picture.repeated or not isinstance(picture.feature, tfds.features.Image)):
+        raise DataError(f"{dataset}: feature {image!r} is no image; its features: {', '.join(sorted(features))}")
+    decoders = None if picture is None else picture.nested(tfds.decode.SkipDecoding())
     source = _data_source(builder, split, decoders, dataset)
     settings = {"dataset": dataset, "version": str(builder.version), "split": split, "text": text, "image": image}
     with new_corpus(out_dir, "tfds", samples_per_shard, settings) as corpus:
         for i in range(len(source)):
             example = source[i]
-            data = _at(example, image) if image is not None else None
-            values = {name: _texts(features, example, name) for name in names}
-            annotations = json.dumps(_plain(features, example)).encode() if image is not None else None
-            num_written = 0
-            for caption in _captions(text, values):
-                if not caption.strip():
-                    continue
-                parts = {} if data is None else {image_suffix(data): bytes(data)}
-                parts["txt"] = caption.encode()
-                corpus.write(parts if annotations is None else {**parts, "json": annotations})
-                num_written += 1
-            corpus.counts["missing_text"] += not num_written
+            captions = _captions(text, {name: found.texts(example) for name, found in texts.items()})
+            captions = [caption for caption in captions if caption.strip()]
+            corpus.counts["missing_text"] += not captions
+            with_image: dict[str, bytes] = {}
+            if picture is not None:
+                data = bytes(picture.value(example))
+                with_image = {image_suffix(data): data, "json": json.dumps(_plain(features, example)).encode()}
+            for caption in captions:
+                corpus.write({**with_image, "txt": caption.encode()})
     return corpus.counts
 
 
@@ -108,40 +104,54 @@ def _data_source(builder: tfds.core.DatasetBuilder, split: str, decoders: Any, d
         ) from error
 
 
-# Features by path: "captions/text" is the feature `text` within the feature `captions`.
+@dataclass(frozen=True)
+class _Found:
+    """A feature and the names that lead to it: "captions/text" is `text` within `captions`."""
+
+    names: tuple[str, ...]
+    feature: Any
+    repeated: bool  # it lies in a sequence, or is one
+
+    def nested(self, value: Any) -> Any:
+        """`value` in dictionaries of the names."""
+        for name in reversed(self.names):
+            value = {name: value}
+        return value
+
+    def value(self, example: Any) -> Any:
+        """What an example has there."""
+        for name in self.names:
+            example = example[name]
+        return example
+
+    def texts(self, example: Any) -> list[str]:
+        """The text of the feature in an example, or all of them."""
+        value = self.value(example)
+        values = value if isinstance(value, list | np.ndarray) else [value]
+        return [_word(self.feature, one) for one in np.asarray(values, object).ravel()]
 
 
-def _nested(path: str, value: Any) -> Any:
-    for name in reversed(path.split("/")):
-        value = {name: value}
-    return value
-
-
-def _feature(features: Any, path: str, dataset: str) -> Any:
-    """The feature at a path; sequences are looked through."""
-    found = features
-    for name in path.split("/"):
-        if isinstance(found, tfds.features.Sequence):
-            found = found.feature
-        if not isinstance(found, tfds.features.FeaturesDict) or name not in found:
-            raise DataError(f"{dataset}: has no feature {path!r}; its features: {', '.join(sorted(features))}")
-        found = found[name]
+def _find(features: Any, path: str, dataset: str) -> _Found:
+    found = _search(features, path)
+    if found is None or isinstance(found.feature, tfds.features.FeaturesDict):
+        raise DataError(f"{dataset}: has no feature {path!r}; its features: {', '.join(sorted(features))}")
     return found
 
 
-def _at(example: Any, path: str) -> Any:
-    for name in path.split("/"):
-        example = example[name]
-    return example
-
-
-def _texts(features: Any, example: Any, path: str) -> list[str]:
-    """The text of a feature, or all of them where it is a sequence."""
-    feature, value = _feature(features, path, path), _at(example, path)
-    while isinstance(feature, tfds.features.Sequence):
-        feature = feature.feature
-    values = value if isinstance(value, list | np.ndarray) else [value]
-    return [_word(feature, one) for one in np.asarray(values, object).ravel()]
+def _search(feature: Any, path: str) -> _Found | None:
+    """The feature at a path, which may go through sequences. A name may hold a slash itself: "image/filename"."""
+    if isinstance(feature, tfds.features.Sequence):
+        found = _search(feature.feature, path)
+        return None if found is None else dataclasses.replace(found, repeated=True)
+    if not path:
+        return _Found((), feature, repeated=False)
+    if isinstance(feature, tfds.features.FeaturesDict):
+        for name in feature:
+            if path == name or path.startswith(f"{name}/"):
+                found = _search(feature[name], path[len(name) + 1 :])
+                if found is not None:
+                    return dataclasses.replace(found, names=(name, *found.names))
+    return None
 
 
 def _word(feature: Any, value: Any) -> str:
@@ -149,12 +159,14 @@ def _word(feature: Any, value: Any) -> str:
     return plain if isinstance(plain, str) else str(plain)
 
 
-def _captions(text: str, values: Mapping[str, list[str]]) -> Iterator[str]:
+def _captions(text: str, values: Mapping[str, list[str]]) -> list[str]:
     """One caption for each value of the features in the sentence; features with several values go side by side."""
     template = text if _FIELD.search(text) else f"{{{text}}}"
-    for i in range(max(map(len, values.values()))):
-        if all(i < len(words) or len(words) == 1 for words in values.values()):
-            yield _filled(template, {name: words[i % len(words)] for name, words in values.items()})
+    return [
+        _filled(template, {name: words[i % len(words)] for name, words in values.items()})
+        for i in range(max(map(len, values.values())))
+        if all(i < len(words) or len(words) == 1 for words in values.values())
+    ]
 
 
 def _filled(template: str, words: Mapping[str, str]) -> str:

@@ -65,6 +65,10 @@ def test_the_same_box_in_both_lists_counts_once(tokenizer: Tokenizer) -> None:
     )
 
 
+def test_lists_that_were_written_as_text(tokenizer: Tokenizer) -> None:
+    assert decode_grounded(grounded(json.dumps(CHUNKS), "[]")) == decode_grounded(grounded(CHUNKS))
+
+
 def test_names_of_special_tokens_in_captions_are_text(tokenizer: Tokenizer) -> None:
     data = grounded([[0, 9, 0.0, 0.0, 1.0, 1.0]], caption="</object> cat")
     ids = encode_grounded(decode_grounded(data), tokenizer, [True])
@@ -79,7 +83,9 @@ def test_coordinates_are_rounded_and_kept_in_the_picture(tokenizer: Tokenizer) -
 @pytest.mark.parametrize(
     ("fields", "cause"),
     [
-        ({"noun_chunks": "none"}, "malformed_boxes"),
+        ({"noun_chunks": "none"}, "invalid_json"),
+        ({"noun_chunks": "3"}, "malformed_boxes"),
+        ({"noun_chunks": 3}, "malformed_boxes"),
         ({"noun_chunks": [[4, 11, 0.1]]}, "malformed_boxes"),
         ({"noun_chunks": [[4, 11, 0.1, 0.1, "x", 0.5]]}, "malformed_boxes"),
         ({"noun_chunks": [[4, 11, 0.1, 0.1, float("nan"), 0.5]]}, "malformed_boxes"),

@@ -34,6 +34,7 @@ class Pets(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
                 "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
                 "label": tfds.features.ClassLabel(names=["cat", "dog"]),
                 "captions": tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64}),
+                "image/filename": tfds.features.Text(),
                 "question": tfds.features.Text(),
                 "answers": tfds.features.Sequence(tfds.features.Text()),
             }
@@ -48,6 +49,7 @@ class Pets(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
             captions = [{"text": f"pet {i}", "id": i}, {"text": f"animal {i}", "id": -i}]
             example = {
                 "image": io.BytesIO(picture(i)),
+                "image/filename": f"{i}.png",
                 "label": i % 2,
                 "question": "which?",
                 "answers": ["a", "b"][: i % 3],
@@ -88,6 +90,7 @@ def test_images_and_a_sentence_with_a_label(pets: str, tmp_path: Path) -> None:
         "label": ("cat", "dog")[grey % 2],
         "captions": {"text": [f"pet {grey}", f"animal {grey}"], "id": [grey, -grey]},
         "question": "which?",
+        "image/filename": f"{grey}.png",
         "answers": ["a", "b"][: grey % 3],
     }
     assert validate([str(path) for path in (tmp_path / "out").glob("*.tar")], "tfds").samples == 5
@@ -105,6 +108,12 @@ def test_one_sample_for_each_of_several_texts(pets: str, tmp_path: Path) -> None
     ]
 
 
+def test_names_with_slashes(pets: str, tmp_path: Path) -> None:
+    convert(pets, tmp_path / "out", split="test", image="image", text="{image/filename}: {label} {captions/id}")
+    texts = {data for name, data in members(tmp_path / "out").items() if name.endswith(".txt")}
+    assert texts == {b"0.png: cat 0", b"1.png: dog 1", b"1.png: dog -1"}
+
+
 def test_texts_alone_and_examples_without_one(pets: str, tmp_path: Path) -> None:
     counts = convert(pets, tmp_path / "out", split="train[:3]", image=None, text="Question: {question} {answers}")
     found = members(tmp_path / "out")
@@ -116,10 +125,15 @@ def test_texts_alone_and_examples_without_one(pets: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"text": "caption"}, "has no feature 'caption'; its features: answers, captions, image, label, question"),
+        (
+            {"text": "caption"},
+            "has no feature 'caption'; its features: answers, captions, image, image/filename, label, question",
+        ),
         ({"text": "a {breed}"}, "has no feature 'breed'"),
         ({"image": "picture"}, "has no feature 'picture'"),
         ({"image": "label"}, "feature 'label' is no image"),
+        ({"text": "captions"}, "has no feature 'captions'"),
+        ({"text": "label/name"}, "has no feature 'label/name'"),
         ({"split": "validation"}, "has no split 'validation'; its splits: test, train"),
     ],
 )
