@@ -482,11 +482,11 @@ def open_shard(path: str, kind: Kind, tokenizer: Tokenizer | None, caption: str 
     """Index of one shard: the stored one if it fits, else built now and stored."""
     if not os.path.exists(path):
         raise DataError(f"{path}: shard does not exist")
-    stored = load_index(path, kind, tokenizer, caption)
+    stored = load_index(path, kind, tokenizer, caption=caption)
     if stored is not None:
         return stored
     identity = _identity(path, kind)  # taken before the scan: a shard that changes meanwhile is indexed again
-    index = scan_shard(path, kind, tokenizer, caption)
+    index = scan_shard(path, kind, tokenizer, caption=caption)
     _store(index, identity, tokenizer)
     return index
 
@@ -501,7 +501,7 @@ def open_index(
 
     def attempt(path: str) -> SampleIndex | DataError:
         try:
-            return open_shard(path, kind, tokenizer, caption)
+            return open_shard(path, kind, tokenizer, caption=caption)
         except DataError as error:
             return error
 

@@ -64,7 +64,7 @@ def check_text_size(size: int) -> None:
 
 
 def decode_text(data: bytes) -> str:
-    """The text of a text part. Raises `SampleError` when it is not UTF-8 or holds nothing but white space.
+    """The text of a text part. Raises `SampleError` when it is not UTF-8, holds a NUL or nothing but white space.
 
     White space at both ends goes: every stretch of text stands between special tokens (see `emu2_jax.tokenizer`).
     """
@@ -114,6 +114,8 @@ def _utf8(data: bytes) -> str:
 
 def _stripped(text: str) -> str:
     text = text.strip()
+    if "\0" in text:
+        raise SampleError("nul_in_text", f"NUL at character {text.index(chr(0))}: binary data, not a text")
     if not text:
         raise SampleError("empty_text", "the text part holds no text")
     try:

@@ -90,7 +90,7 @@ def validate(
 def _validate_shard(path: str, *, source: str, caption: str, limit: int | None) -> Validation:
     found = Validation()
     try:
-        index = scan_shard(path, SOURCES.get(source) or KINDS[source], None, caption)
+        index = scan_shard(path, SOURCES.get(source) or KINDS[source], None, caption=caption)
         reader = ShardReader([path])
         bad = list(index.bad)
         for sample in range(len(index) if limit is None else min(limit, len(index))):

@@ -219,7 +219,7 @@ def test_captions_from_a_field_of_the_json(write_shard: WriteShard, tokenizer: T
         ("b.jpg", picture(0)),
         ("b.json", b'{"url": "http://b"}'),
     ]
-    index = scan_shard(write_shard("a.tar", members), "image_text", tokenizer, "json.capsfusion")
+    index = scan_shard(write_shard("a.tar", members), "image_text", tokenizer, caption="json.capsfusion")
     assert [(one.cause, one.key) for one in index.bad] == [("missing_text", "b")]
     assert _document(index, tokenizer, RULES) == "<s> [IMG] v v [/IMG] blue dog </s>"
 
