@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
@@ -23,6 +24,8 @@ from data_pipelines.order import stream_seed, uniforms
 from data_pipelines.samples import decode_image, read_part, read_text
 from data_pipelines.shards import ShardReader
 from data_pipelines.video import sample_frames
+from emu2_jax.config import DataConfig, SourceConfig
+from emu2_jax.sequence import RowShape
 from emu2_jax.tokenizer import Tokenizer
 
 
@@ -38,6 +41,20 @@ class DocumentRules:
     phrase_first_probability: float = 1.0  #: that a grounded phrase comes before its boxes
     images_per_document: int | None = None  #: images sampled from a document, each with its text; None = all
     video_frames: int | None = None  #: frames sampled from a video; None where what is seen are images
+
+    @classmethod
+    def of(cls, config: DataConfig, source: SourceConfig, shape: RowShape) -> Self:
+        """The rules for the documents of a source, in rows of that shape."""
+        return cls(
+            visual_tokens=shape.visual_tokens,
+            image_size=shape.image_size,
+            max_positions=source.max_document_positions or config.max_document_positions or shape.length,
+            max_images=shape.image_slots,
+            image_first_probability=config.image_first_probability,
+            phrase_first_probability=config.phrase_first_probability,
+            images_per_document=source.images_per_document,
+            video_frames=source.video_frames if source.kind == "video_text" else None,
+        )
 
     @property
     def visual_positions(self) -> int:

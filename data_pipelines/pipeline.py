@@ -144,16 +144,7 @@ class _PackedSource:
         self._tokenizer = tokenizer
         self._pool = config.packing_pool
         self._seed = config.seed
-        self._rules = DocumentRules(
-            visual_tokens=shape.visual_tokens,
-            image_size=shape.image_size,
-            max_positions=source.max_document_positions or config.max_document_positions or shape.length,
-            max_images=shape.image_slots,
-            image_first_probability=config.image_first_probability,
-            phrase_first_probability=config.phrase_first_probability,
-            images_per_document=source.images_per_document,
-            video_frames=source.video_frames if source.kind == "video_text" else None,
-        )
+        self._rules = DocumentRules.of(config, source, shape)
         self._lock = threading.Lock()
         self._plans: collections.OrderedDict[int, _EpochPlan] = collections.OrderedDict()
         self._first_rows = [0]  # of each epoch that is known; an epoch's rows are counted by planning it
