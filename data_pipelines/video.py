@@ -15,8 +15,9 @@ from data_pipelines.samples import MAX_PIXELS, squeeze
 
 av.logging.set_level(av.logging.PANIC)  # FFmpeg writes of damaged files to stderr; here they are counted
 
-#: A damaged packet is an error, as a damaged image is: by default FFmpeg paints over it.
-_STRICT = {"err_detect": "explode"}
+#: A damaged packet is an error, as a damaged image is: by default FFmpeg paints over it. And frames may grow within a
+#: stream.
+_STRICT = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
 
 
 class _Packets(NamedTuple):
