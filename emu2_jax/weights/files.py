@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -112,6 +113,7 @@ class _File(Protocol):
 class _LocalFile:
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
 
     def read(self, start: int, stop: int) -> bytearray:
@@ -121,14 +123,9 @@ class _LocalFile:
         while done < len(buffer):
             count = os.preadv(self._descriptor, [view[done:]], start + done)
             if count == 0:
-                break  # the file has shrunk since; the caller sees zeros in place of what is gone, so say it
+                raise WeightsError(f"got {done} of {len(buffer)} bytes at byte {start}: the file was cut while in use")
             done += count
-        if done < len(buffer):
-            raise WeightsError(f"got {done} of {len(buffer)} bytes at byte {start}: the file was cut while in use")
         return buffer
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
 
 
 class _RemoteFile:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
-from tiny_weights import BFLOAT16
 
 from emu2_jax.errors import WeightsError
 from emu2_jax.weights.files import open_weights
@@ -28,7 +28,7 @@ def test_a_state_dict(tmp_path: Path) -> None:
         torch.save(wrapped, tmp_path / "x.bin")
         opened = open_weights(str(tmp_path / "x.bin"))
         np.testing.assert_array_equal(opened["a"].array(), a.numpy(), strict=True)
-        np.testing.assert_array_equal(opened["b"].read(1, 3), np.array([1, 2]).astype(BFLOAT16), strict=True)
+        np.testing.assert_array_equal(opened["b"].read(1, 3), np.array([1, 2]).astype(ml_dtypes.bfloat16), strict=True)
 
 
 def test_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
