@@ -7,13 +7,12 @@ writer leaves no directory that looks complete.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -23,6 +22,9 @@ from emu2_jax.errors import CheckpointError
 from emu2_jax.sharding import path_of
 
 FOLDER = "checkpoints"
+
+#: Step of a checkpoint that was converted from released weights: nothing was trained here.
+CONVERTED_STEP = 0
 
 # Orbax tells every save and every option it derives; what a user has to know is said below, and errors are raised.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -108,7 +110,7 @@ class Checkpointer:
                         state=ocp.args.StandardRestore(abstract_state), input=ocp.args.JsonRestore()
                     ),
                 )
-            except (ValueError, OSError, KeyError, TypeError) as error:
+            except _UNREADABLE as error:
                 aside = self._set_aside(step)
                 self._say(f"checkpoint {step} cannot be read ({_first_line(error)}); moved to {aside}")
                 continue
@@ -121,7 +123,7 @@ class Checkpointer:
         """Raise `CheckpointError` when the checkpoint is whole but of another model: nothing is wrong with it."""
         try:
             saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(self._folder / f"{step:08d}" / "state").tree)
-        except (ValueError, OSError, KeyError, TypeError):
+        except _UNREADABLE:
             return  # damaged; reading it will say how
         wanted = _shapes(abstract_state)
         for name in sorted(saved.keys() | wanted.keys()):
@@ -135,7 +137,7 @@ class Checkpointer:
         """Raise `CheckpointError` for converted weights: a run starts from them, it does not go on in their place."""
         try:
             saved = ocp.PyTreeCheckpointHandler().metadata(self._folder / f"{step:08d}" / "state").tree
-        except (ValueError, OSError, KeyError, TypeError):
+        except _UNREADABLE:
             return  # damaged; reading it will say how
         if set(saved) == {"params"}:
             raise CheckpointError(
@@ -163,9 +165,19 @@ class Checkpointer:
         self._manager.close()
 
 
-@contextlib.contextmanager
-def _open_latest(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-    """The checkpoints of another work directory, to read from, and the newest step."""
+#: What reading a damaged checkpoint ends in: Orbax has no error of its own for it.
+_UNREADABLE = (ValueError, OSError, KeyError, TypeError)
+
+T = TypeVar("T")
+
+
+def _read_newest(
+    workdir: Path, read: Callable[[ocp.CheckpointManager, int], T], say: Callable[[str], None] = print
+) -> T:
+    """What `read` gives of the newest checkpoint of another work directory that it can read.
+
+    Older ones are tried when it cannot, with a line each; the directory is left as it is.
+    """
     folder = (workdir / FOLDER).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"{workdir}: holds no checkpoint; train that stage first")
@@ -176,23 +188,38 @@ def _open_latest(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
         "config": ocp.JsonCheckpointHandler(),
     }
     with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise CheckpointError(f"{workdir}: holds no complete checkpoint; train that stage first")
-        yield manager, step
+        steps = sorted(manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return read(manager, step)
+            except _UNREADABLE as error:
+                say(f"{workdir}: checkpoint {step} cannot be read ({_first_line(error)}); looking for an older one")
+    if not steps:
+        raise CheckpointError(f"{workdir}: holds no complete checkpoint; train that stage first")
+    raise CheckpointError(f"{workdir}: none of the checkpoints {steps} can be read; see the lines above")
+
+
+def _saved_params(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    metadata = manager.item_metadata(step)["state"]
+    if metadata is None:
+        raise ValueError("its list of arrays is missing")
+    return dict(metadata.tree["params"])
 
 
 def latest_state(workdir: Path) -> tuple[Path, dict[str, Any]]:
     """Where the state of the newest checkpoint of a work directory lies, and the metadata of its parameters."""
-    with _open_latest(workdir) as (manager, step):
-        folder = (workdir / FOLDER).absolute() / f"{step:08d}" / "state"
-        return folder, dict(manager.item_metadata(step)["state"].tree["params"])
+    folder = (workdir / FOLDER).absolute()
+    return _read_newest(workdir, lambda manager, step: (folder / f"{step:08d}" / "state", _saved_params(manager, step)))
 
 
 def saved_parts(workdir: Path) -> set[str]:
     """Names of the parts in the newest checkpoint of a work directory."""
-    with _open_latest(workdir) as (manager, step):
-        return set(manager.item_metadata(step)["state"].tree["params"])
+    return set(_read_newest(workdir, _saved_params))
+
+
+def saved_step(workdir: Path) -> int:
+    """Step of the newest checkpoint of a work directory."""
+    return _read_newest(workdir, lambda manager, step: step)
 
 
 #: Fits a saved array to another shape: (parameter path, saved array, wanted shape) -> array, or None if it cannot.
@@ -200,15 +227,15 @@ Fit = Callable[[str, jax.Array, tuple[int, ...]], jax.Array | None]
 
 
 def load_parts(workdir: Path, abstract_params: Mapping[str, Any], fit: Fit) -> dict[str, Any]:
-    """Parameters of the parts in `abstract_params` from the newest checkpoint of another work directory.
+    """Parameters of the parts in `abstract_params` from the newest readable checkpoint of another work directory.
 
     Only those parts are read; each array gets the dtype and sharding of its abstract value. An array of another shape
-    is handed to `fit`. Raises `CheckpointError` when there is no complete checkpoint, a parameter is missing, or a
-    shape differs and `fit` cannot help (naming it).
+    is handed to `fit`. Raises `CheckpointError` when no checkpoint can be read, a parameter is missing, or a shape
+    differs and `fit` cannot help (naming it).
     """
-    with _open_latest(workdir) as (manager, step):
-        saved = manager.item_metadata(step)["state"].tree["params"]
-        shapes = _shapes({"params": saved})
+
+    def read(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+        shapes = _shapes({"params": _saved_params(manager, step)})
 
         def as_saved(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             name = path_of(path)
@@ -217,14 +244,16 @@ def load_parts(workdir: Path, abstract_params: Mapping[str, Any], fit: Fit) -> d
             if shapes[name] == leaf.shape:
                 return leaf
             # The sharding is that of the wanted shape; the saved one need not divide the same way.
-            everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
-            return jax.ShapeDtypeStruct(shapes[name], leaf.dtype, sharding=everywhere)
+            whole = leaf.sharding
+            if isinstance(whole, jax.sharding.NamedSharding):
+                whole = jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec())
+            return jax.ShapeDtypeStruct(shapes[name], leaf.dtype, sharding=whole)
 
         target = {"params": jax.tree_util.tree_map_with_path(as_saved, dict(abstract_params))}
         arguments = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
-        loaded = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
+        return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
 
     def fitted(path: Any, array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if array.shape == leaf.shape:
@@ -235,7 +264,7 @@ def load_parts(workdir: Path, abstract_params: Mapping[str, Any], fit: Fit) -> d
             raise CheckpointError(f"{workdir}: {name} is {array.shape} in the checkpoint, {leaf.shape} here")
         return jax.device_put(value, leaf.sharding)
 
-    return jax.tree_util.tree_map_with_path(fitted, loaded, dict(abstract_params))
+    return jax.tree_util.tree_map_with_path(fitted, _read_newest(workdir, read), dict(abstract_params))
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from emu2_jax import overrides, sharding
-from emu2_jax.checkpoint import FOLDER, load_parts, saved_parts
+from emu2_jax.checkpoint import CONVERTED_STEP, FOLDER, load_parts, saved_parts, saved_step
 from emu2_jax.config import ExperimentConfig, validate
 from emu2_jax.errors import CheckpointError, ConfigError
 from emu2_jax.metrics import JSONL
@@ -53,7 +53,7 @@ def run_training(
     tokenizer = open_tokenizer(config) if config.train.task == "pretrain" else None
     data = open_input(config, tokenizer)
     if config.train.init_from is not None and not (workdir / FOLDER).exists():
-        saved_parts(Path(config.train.init_from))  # raises when that stage was never trained
+        _say_if_unfinished(Path(config.train.init_from))
     task = make_task(config, tokenizer)
     program = build_program(task, config)
     for source, counts in data.summary.items():
@@ -62,6 +62,16 @@ def run_training(
     with _alone_in(workdir):
         _write_atomically(saved, text)
         train(config, task, program, data, workdir, operative_config=text, say=print)
+
+
+def _say_if_unfinished(stage: Path) -> None:
+    """Print a line when an earlier stage has steps left to train; `CheckpointError` when it has no checkpoint."""
+    step = saved_step(stage)
+    if step == CONVERTED_STEP or not (stage / CONFIG).exists():
+        return
+    wanted = load_config(stage).train.num_steps
+    if step < wanted:
+        print(f"train.init_from: {stage} stopped at step {step} of {wanted}; it is taken as it is")
 
 
 @contextlib.contextmanager

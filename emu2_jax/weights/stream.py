@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from emu2_jax.checkpoint import CHUNK_BYTES, FOLDER, latest_state, layer_chunks
+from emu2_jax.checkpoint import CHUNK_BYTES, CONVERTED_STEP, FOLDER, latest_state, layer_chunks
 from emu2_jax.errors import CheckpointError, WeightsError
 from emu2_jax.weights.parameters import ComputedParameter, Index, Parameter, Parts, grid, read
 from emu2_jax.weights.state_dict import flatten, nest
@@ -80,7 +80,7 @@ def write_parameters(
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, step_format_fixed_length=8)
     with ocp.CheckpointManager((folder / FOLDER).absolute(), options=options, item_handlers=handlers) as manager:
         manager.save(
-            0,
+            CONVERTED_STEP,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state, save_args=save_args),
                 config=ocp.args.JsonSave({"text": config_text}),

@@ -165,18 +165,44 @@ def test_unfinished_checkpoint_is_ignored_and_named(
     assert (workdir / JSONL).read_text(encoding="utf-8").count("\n") == 4
 
 
+def damage(workdir: Path, *, step: int) -> None:
+    """Cut the arrays of a checkpoint short."""
+    for path in (workdir / FOLDER / f"{step:08d}" / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 10_000:
+            path.write_bytes(path.read_bytes()[:100])
+
+
 def test_damaged_checkpoint_is_set_aside_and_named(
     trained: Path, gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workdir = shutil.copytree(trained, tmp_path / "run")
-    for path in (workdir / FOLDER / "00000004" / "state").rglob("*"):
-        if path.is_file() and path.stat().st_size > 10_000:
-            path.write_bytes(path.read_bytes()[:100])
+    damage(workdir, step=4)
     cli.main([str(a) for a in train(workdir, gin_file, "--gin.train.num_steps=4", "--gin.checkpoint.every_steps=2")])
     output = capsys.readouterr().out
     assert "checkpoint 4 cannot be read" in output
     assert f"resuming {STAGE1} after step 2 of 4" in output
     assert (workdir / FOLDER / "00000004.incomplete").is_dir(), "nothing is deleted"
+
+
+def test_a_damaged_or_unfinished_earlier_stage_is_named(
+    trained: Path, gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = shutil.copytree(trained, tmp_path / "stage1")
+    damage(stage, step=4)
+    config = stage / CONFIG
+    config.write_text(config.read_text(encoding="utf-8").replace("num_steps = 4 ", "num_steps = 9 "), encoding="utf-8")
+    capsys.readouterr()
+    flags = (f"--gin.train.init_from={stage}", "--gin.train.num_steps=1")
+    cli.main([str(argument) for argument in train(tmp_path / "next", gin_file, *flags)])
+    output = capsys.readouterr().out
+    assert f"train.init_from: {stage} stopped at step 4 of 9; it is taken as it is" in output
+    assert f"{stage}: checkpoint 4 cannot be read" in output and "looking for an older one" in output
+    assert f"took language_model, project_down, project_up, visual_encoder from {stage}" in output
+    assert (stage / FOLDER / "00000004").is_dir(), "another run's directory is left as it is"
+
+    damage(stage, step=2)
+    refused = command.fail(train(tmp_path / "third", gin_file, *flags), capsys)
+    assert f"{stage}: none of the checkpoints [4, 2] can be read" in refused
 
 
 def test_diverged_run_names_step_term_and_checkpoint(
