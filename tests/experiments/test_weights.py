@@ -196,7 +196,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         ("emu2_37b_stage1b", ("emu2_hf",)),
         ("emu2_37b_stage2", ("emu2", "emu2_hf")),
         ("emu2_37b_stage2", ("llama_hf", "eva_timm", "eva_open_clip", "eva_clip")),
-        ("emu2_37b_decoder", ("eva_timm", "unet")),
     ],
 )
 def test_full_size_parts_have_as_many_parameters_as_the_official_shapes(recipe: str, forms: tuple[Form, ...]) -> None:

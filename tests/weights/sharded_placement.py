@@ -27,10 +27,8 @@ def main(path: Path) -> None:
     model = tiny.CONFIG.model
     wanted = flatten(tiny.random_parameters(lambda key: emu2.init(model, key)))
     imported = import_weights([Source.open(str(path))], ["visual_encoder", "language_model", "project_up"], model)
-    for block_bytes, mesh_config in (
-        (1, MeshConfig(data=2, fsdp=2, tensor=2)),
-        (1 << 20, MeshConfig(fsdp=4, tensor=2)),
-    ):
+    meshes = (1, MeshConfig(data=2, fsdp=2, tensor=2)), (1 << 20, MeshConfig(fsdp=4, tensor=2))
+    for block_bytes, mesh_config in meshes:
         mesh = sharding.make_mesh(mesh_config)
         placement.BLOCK_BYTES = block_bytes
         for name, array in flatten(placement.place(imported.parameters, mesh)).items():
