@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"emu2: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        print("emu2: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("emu2: interrupted; the same command starts again, training from its last checkpoint", file=sys.stderr)
         sys.exit(128 + 2)
 
 
