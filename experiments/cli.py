@@ -36,7 +36,7 @@ Parts that no file holds are drawn at random. Examples:
   emu2 convert --from /data/Emu2 --to runs/emu2
   emu2 convert --from /data/llama-33b --from eva_open_clip=/data/eva --to runs/start
   emu2 convert --from gs://bucket/Emu2-Chat --to runs/chat --gin.model.language.vocab_size=32274 \\
-      --gin.model.num_visual_tokens=256
+      --gin.model.num_visual_tokens=256 --gin.data.special_tokens=chat
 """
 
 #: As `emu2_jax.weights.names.FORMS`, which `--help` need not wait for.
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"emu2: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        print("emu2: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("emu2: interrupted; the same command starts again, training from its last checkpoint", file=sys.stderr)
         sys.exit(128 + 2)
 
 

@@ -17,7 +17,7 @@ from emu2_jax import sharding
 from emu2_jax.checkpoint import FOLDER
 from emu2_jax.config import ExperimentConfig, ModelConfig
 from emu2_jax.errors import ConfigError
-from emu2_jax.weights.convert import recognise
+from emu2_jax.weights.convert import adapted, recognise
 from emu2_jax.weights.files import missing_files, open_weights
 from emu2_jax.weights.names import Form, official_shapes, table
 from emu2_jax.weights.state_dict import resolve
@@ -108,7 +108,8 @@ def _file_entries(path: str, config: ExperimentConfig | None) -> tuple[list[_Ent
     title = f"{path}: {len(opened)} tensors of form {form}"
     if config is not None:
         rows = table(form, config.model, config.decoder)
-        resolution = resolve(rows, {name: tensor.shape for name, tensor in opened.items()}, source=path)
+        shapes = {name: tensor.shape for name, tensor in opened.items()}
+        resolution = resolve(rows, shapes, source=path, free=adapted(form))
         title += f"\n{_all_resolved(config, len(opened), len(resolution.skipped))}"
     part_of = _part_finder(form)
     entries = []

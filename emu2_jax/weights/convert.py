@@ -71,6 +71,11 @@ def _score(names: Sequence[str], rows: Table) -> tuple[float, float]:
     return (len(found) + skipped / 2) / max(1, len(names)), len(present) / len(set(official.values()))
 
 
+def adapted(form: Form) -> set[str]:
+    """Parameters that an import adapts when their size differs: positions, and the vocabulary of a bare LLaMA."""
+    return {POSITIONS, *VOCABULARY} if form == "llama_hf" else {POSITIONS}
+
+
 def import_weights(
     sources: Sequence[Source], parts: Sequence[str], model: ModelConfig, decoder: DecoderConfig | None = None
 ) -> Imported:
@@ -93,32 +98,22 @@ def import_weights(
             if part in owner:
                 raise WeightsError(f"{source.path}: holds {part}, which {owner[part]} holds too; leave one out")
             owner[part] = source.path
-        found, said = _import_source(source, rows, taken, model)
+        found, said = _import_source(source, rows.taking(taken), model)
         parameters |= found
         notes += said
     return Imported(parameters, notes)
 
 
-def _import_source(
-    source: Source, rows: Table, taken: Sequence[str], model: ModelConfig
-) -> tuple[dict[str, Parameter], list[str]]:
+def _import_source(source: Source, rows: Table, model: ModelConfig) -> tuple[dict[str, Parameter], list[str]]:
     tensors = source.tensors
-    free = {POSITIONS}
-    if source.form == "llama_hf":
-        free |= set(VOCABULARY)
     found_shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    resolution = resolve(rows, found_shapes, source=source.path, free=free)
-    notes = [f"{source.path}: {', '.join(taken)} taken ({source.form})"]
-    left = [part for part in rows.parts if part not in taken]
-    if left:
-        notes.append(f"{source.path}: {', '.join(left)} left, not a part of this model")
+    resolution = resolve(rows, found_shapes, source=source.path, free=adapted(source.form))
+    notes = [f"{source.path}: {', '.join(rows.parts)} taken ({source.form})"]
     for reason in dict.fromkeys(resolution.skipped.values()):
         count = list(resolution.skipped.values()).count(reason)
         notes.append(f"{source.path}: {count} tensors skipped: {reason}")
     parameters: dict[str, Parameter] = {}
     for row, names in resolution.names:
-        if row.path.split("/")[0] not in taken:
-            continue
         stored = [tensors[name] for name in names]
         check_dtypes(stored)
         parameters[row.path], note = _parameter(row, stored, model)

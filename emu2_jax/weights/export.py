@@ -162,7 +162,9 @@ def hugging_face_config(form: Form, model: ModelConfig, dtype: np.dtype) -> dict
     """
     torch_dtype = _TORCH_NAMES[_DTYPE_NAMES[dtype]]
     if form == "llama_hf":
-        return {"architectures": ["LlamaForCausalLM"], **_llama_config(model.language), "torch_dtype": torch_dtype}
+        # `transformers` calls a LLaMA with biases on q, k and v, and none on the output product, Qwen2.
+        name = "Qwen2ForCausalLM" if model.language.qkv_bias else "LlamaForCausalLM"
+        return {"architectures": [name], **_llama_config(model.language), "torch_dtype": torch_dtype}
     if form != "emu2_hf":
         return None
     vision = model.vision
@@ -192,19 +194,20 @@ def hugging_face_config(form: Form, model: ModelConfig, dtype: np.dtype) -> dict
 
 def _llama_config(language: LanguageConfig) -> dict[str, Any]:
     return {
-        "model_type": "llama",
+        "model_type": "qwen2" if language.qkv_bias else "llama",
         "vocab_size": language.vocab_size,
         "hidden_size": language.width,
         "intermediate_size": language.mlp_width,
         "num_hidden_layers": language.num_layers,
         "num_attention_heads": language.num_heads,
         "num_key_value_heads": language.num_kv_heads,
+        "head_dim": language.head_width,
         "rms_norm_eps": language.rms_norm_epsilon,
         "rope_theta": language.rope_base,
         "max_position_embeddings": MAX_POSITIONS,
         "hidden_act": "silu",
         "initializer_range": 0.02,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": language.tied_head,
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID if language.vocab_size > PAD_ID else None,  # `transformers` wants it in the vocabulary

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ DTYPES: Mapping[str, np.dtype] = {
 INDEX_SUFFIX = ".index.json"
 SAFETENSORS, TORCH = (".safetensors",), (".bin", ".pt", ".pth")
 
+#: `model.safetensors.index.json`, or with a variant's name before the last dot, as `transformers` writes it.
+_INDEX = re.compile(r".+(\.safetensors|\.bin|\.pt|\.pth)\.index(?:\.\w+)?\.json")
 #: A header longer than this is no header (the format's own limit).
 _MAX_HEADER = 100_000_000
 #: Names that PyTorch training code wraps a state dict in. Source: release `emu/emu.py` ("module"), `timm`, Lightning.
@@ -170,7 +173,7 @@ class _Folder:
     def resolve(self) -> list[str]:
         """Names of the weight files that were asked for."""
         name = self.wanted or self._choose()
-        if not name.endswith(INDEX_SUFFIX):
+        if not _INDEX.fullmatch(name):
             if not name.endswith(SAFETENSORS + TORCH):
                 raise WeightsError(
                     f"{self.show(name)}: is no weight file; wanted a directory or a name that ends in "
@@ -191,8 +194,8 @@ class _Folder:
         """The one index, or the one file, of a directory; safetensors before PyTorch's."""
         names = sorted(os.path.basename(str(entry)) for entry in self.system.ls(self.root, detail=False))
         for suffixes in (SAFETENSORS, TORCH):
-            for endings in ([suffix + INDEX_SUFFIX for suffix in suffixes], list(suffixes)):
-                found = [name for name in names if name.endswith(tuple(endings))]
+            indices = [name for name in names if (match := _INDEX.fullmatch(name)) and match[1] in suffixes]
+            for found in (indices, [name for name in names if name.endswith(suffixes)]):
                 if len(found) > 1:
                     raise WeightsError(f"{self.shown}: holds several: {', '.join(found[:6])}; name the one to read")
                 if found:
@@ -221,7 +224,7 @@ class _Folder:
 
 def missing_files(path: str) -> list[str] | None:
     """Names of the tensors of an index whose weight files are not beside it; None for anything else."""
-    if not path.endswith(INDEX_SUFFIX):
+    if not _INDEX.fullmatch(path):
         return None
     folder = _Folder.of(path)
     assert folder.wanted is not None

@@ -51,6 +51,17 @@ class Table:
         wanted = set(parts)
         return Table(self.form, tuple(row for row in self.rows if row.path.split("/")[0] in wanted), self.skipped)
 
+    def taking(self, parts: Iterable[str]) -> Table:
+        """The same for a model that has only some of the parts: tensors of the others are known, and not needed."""
+        kept = self.only(parts)
+        left = [row for row in self.rows if row not in kept.rows]
+        skipped = tuple(
+            (re.escape(name).replace(re.escape("{L}"), r"\d+"), f"{row.path.split('/')[0]}, not a part of this model")
+            for row in left
+            for name in (row.name, *row.aliases)
+        )
+        return Table(self.form, kept.rows, (*self.skipped, *skipped))
+
     @property
     def parts(self) -> tuple[str, ...]:
         """Parts that the form holds, in the order of its rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,7 @@ def test_the_configs_that_go_with_it() -> None:
         "float32",
     )
     assert hugging_face_config("emu2", MODEL, BFLOAT16) is None
+    other = dataclasses.replace(MODEL.language, qkv_bias=True, tied_head=True, attention_head_width=12)
+    qwen2 = hugging_face_config("llama_hf", dataclasses.replace(MODEL, language=other), BFLOAT16)
+    assert qwen2 is not None and qwen2["architectures"] == ["Qwen2ForCausalLM"]
+    assert (qwen2["model_type"], qwen2["head_dim"], qwen2["tie_word_embeddings"]) == ("qwen2", 12, True)

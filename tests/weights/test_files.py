@@ -50,6 +50,16 @@ def test_shards_with_an_index_by_directory_or_by_name(tmp_path: Path) -> None:
         open_weights(str(path))
 
 
+def test_an_index_of_a_variant(tmp_path: Path) -> None:
+    save(tmp_path / "model.bf16-00001-of-00001.safetensors", {"a": A})
+    weight_map = {"a": "model.bf16-00001-of-00001.safetensors"}
+    path = index(tmp_path, weight_map, "model.safetensors.index.bf16.json")
+    assert list(open_weights(str(tmp_path))) == list(open_weights(str(path))) == ["a"]
+    index(tmp_path, weight_map)
+    with pytest.raises(WeightsError, match=r"holds several: model\.safetensors\.index\.bf16\.json, "):
+        open_weights(str(tmp_path))
+
+
 def test_any_path_that_fsspec_knows(tmp_path: Path) -> None:
     local = save(tmp_path / "x.safetensors", {"a": A, "b": B})
     memory = fsspec.filesystem("memory")
