@@ -17,6 +17,9 @@ from jaxtyping import Float64, Int64, UInt64
 #: Longest period of a schedule; weights that need a longer one are rounded to this many parts.
 _MAX_PERIOD = 1 << 16
 
+_ROUNDS = 8  # even, so that the halves end where they began
+_SORTED = 4096  # orders up to this size come from sorting hashes
+
 
 def stream_seed(seed: int, *names: str | int) -> int:
     """A 64-bit seed for the stream of draws called `names`; neighbouring seeds or epochs give unrelated streams."""
@@ -37,9 +40,66 @@ def uniforms(seed: int, numbers: Int64[np.ndarray, " n"]) -> Float64[np.ndarray,
     return (_hash(seed, numbers) >> np.uint64(11)) * 2.0**-53
 
 
-def permutation(seed: int, size: int) -> Int64[np.ndarray, " size"]:
-    """The numbers 0 ... size - 1 in an order drawn from `seed`."""
-    return np.argsort(_hash(seed, np.arange(size)), kind="stable")
+def shuffled(seed: int, size: int, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """The numbers that stand at `places` of an order of 0 ... size - 1 drawn from `seed`.
+
+    A large order is that of a Feistel network with hashes as its rounds, which permutes the numbers of b bits; what
+    comes out at or above `size` goes through again, until it does not. So any part of the order of an epoch is known
+    without the rest. Source: Black, Rogaway, "Ciphers with arbitrary finite domains", 2002.
+    """
+    if size <= _SORTED:
+        return np.argsort(_hash(seed, np.arange(size)), kind="stable")[places]
+    bits = int(size - 1).bit_length()
+    found = np.asarray(places, np.int64).copy()
+    left = np.arange(len(found))  # still to be drawn
+    while len(left):
+        found[left] = _feistel(seed, bits, found[left])
+        left = left[found[left] >= size]
+    return found
+
+
+def _feistel(seed: int, bits: int, numbers: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    widths = bits // 2, bits - bits // 2  # of the high and the low half; they change places in every round
+    high, low = numbers >> widths[1], numbers & ((1 << widths[1]) - 1)
+    for i in range(_ROUNDS):
+        width = widths[i % 2]
+        mixed = _hash(stream_seed(seed, i), low).astype(np.int64) & ((1 << width) - 1)
+        high, low = low, high ^ mixed
+    return high << widths[1] | low
+
+
+class EpochOrder:
+    """The order of a source's samples in one epoch; a function of the seed, known at any place of it.
+
+    Without a window every sample may stand anywhere. With one, runs of neighbouring samples are put in a random order,
+    and samples change places only within windows of that order: what is read in one stretch of time then comes from few
+    places of the shards. With runs of 2 and windows of 4, the samples 0 ... 7 may come as 5 2 4 3, 0 7 6 1.
+    """
+
+    def __init__(self, seed: int, size: int, window: int | None = None, run: int = 1) -> None:
+        self._seed = seed
+        self._size = size
+        self._window = window
+        self._run = run
+        # The last, shorter run keeps its place at the end of the order; so it holds other samples in every epoch.
+        self._turn = stream_seed(seed, "turn") % size if size else 0
+
+    def samples(self, first: int, last: int) -> Int64[np.ndarray, " n"]:
+        """The samples at places first ... last - 1."""
+        places = np.arange(first, last)
+        if self._window is None:
+            return shuffled(self._seed, self._size, places)
+        for window in range(first // self._window, -(-last // self._window)):
+            start = window * self._window
+            inside = slice(max(first, start) - first, min(last, start + self._window) - first)
+            length = min(self._window, self._size - start)
+            seed = stream_seed(self._seed, "window", window)
+            places[inside] = start + shuffled(seed, length, places[inside] - start)
+        runs, within = np.divmod(places, self._run)
+        whole = self._size // self._run
+        moved = np.where(runs < whole, runs, 0)
+        runs = np.where(runs < whole, shuffled(stream_seed(self._seed, "runs"), whole, moved) if whole else 0, runs)
+        return (runs * self._run + within + self._turn) % self._size
 
 
 class Schedule:

@@ -17,6 +17,9 @@ from emu2_jax.sequence import RowShape
 #: When fewer documents of the shortest length than this still fit, the row is finished by an exact filling.
 _ENDGAME_DOCUMENTS = 3
 
+#: Image slots that a row is taken to have in addition while it is filled.
+_IMAGES_AHEAD = 0.5
+
 
 class _Pool:
     """Documents that wait for a row, in arrays of which the first `size` entries count."""
@@ -96,8 +99,9 @@ def _choose(waiting: _Pool, room: int, slots: int) -> list[int]:
     lengths, images = lengths[fitting], images[fitting]
     if room < _ENDGAME_DOCUMENTS * lengths.min() or slots < _ENDGAME_DOCUMENTS * images.min():
         return fitting[_fullest(lengths, images, room, slots)].tolist()
-    # Both limits are met together when what goes in has the images per position that the row has left.
-    mismatch = np.abs(images * room - lengths * slots) / lengths
+    # Both limits are met together when what goes in has the images per position that the row has left. A little more is
+    # asked for: documents with many images, if they are put off, pile up and in the end leave positions empty.
+    mismatch = np.abs(images * room - lengths * (slots + _IMAGES_AHEAD)) / lengths
     nearest = max(4, len(fitting) // 4)
     if nearest < len(fitting):
         fitting = fitting[np.argpartition(mismatch, nearest)[:nearest]]

@@ -1,29 +1,34 @@
 """Batches by step number: the whole data side behind one function of (config, step).
 
-The position in the data is the step number and nothing else. A step number gives the sources and row numbers it takes
-(`order.Schedule`), a row number gives an epoch and the samples of that row (a plan over the index), and only then are
-the bytes of those samples read. So a run resumes exactly, on any number of hosts and threads.
+A step number gives the sources and row numbers it takes (`order.Schedule`), a row number gives an epoch and the
+samples of that row (`planning.RowPlan`, over the index), and only then are the bytes of those samples read. So a run
+resumes exactly, on any number of hosts and threads; `position.Position` is what a checkpoint keeps of it.
 """
 
 from __future__ import annotations
 
 import abc
 import collections
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grain
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 
 from data_pipelines import samples as samples_
-from data_pipelines.index import BadSample, SampleIndex, open_index, scan_shard
+from data_pipelines.index import BadSample, SampleIndex, scan_shard
+from data_pipelines.index_files import IndexRules, open_index
 from data_pipelines.interleave import DocumentRules, measure, outline, read_document
 from data_pipelines.kinds import SampleError
-from data_pipelines.order import Schedule, permutation, stream_seed, uniforms
-from data_pipelines.packing import plan_rows, write_document
+from data_pipelines.order import Schedule, stream_seed, uniforms
+from data_pipelines.packing import write_document
+from data_pipelines.planning import PLANNER, RowLimits, RowPlan, SampleOrder
+from data_pipelines.position import Identity, Position, Track, digest
+from data_pipelines.remote import Patience, RemoteFiles
 from data_pipelines.samples import SampleCounts
 from data_pipelines.shards import ShardReader, expand_shards
 from emu2_jax.config import DataConfig, SourceConfig
@@ -31,9 +36,10 @@ from emu2_jax.errors import ConfigError, DataError
 from emu2_jax.sequence import RowShape, empty_batch
 from emu2_jax.tokenizer import Tokenizer
 
-_PLANNED_AT_ONCE = 4096  # samples whose lengths are worked out together
-_EPOCHS_KEPT = 2  # plans in memory: read-ahead threads straddle the end of an epoch
 _LAST_STEP = 1 << 60  # streams do not end
+
+#: Rules of a document that no row depends on.
+_OF_PIXELS = ("image_size", "images")
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -47,10 +53,15 @@ class PackedBatch:
     fields: dict[str, np.ndarray]  # emu2_jax.sequence.FIELDS
     sources: tuple[str, ...]  # name of the source of each row
     epochs: dict[str, int]  # of each source in `sources`: the furthest epoch that a row came from
-    num_samples: int
+    samples: dict[str, int]  # that went in, by source
     num_documents: int  # samples less those that could not be used
     num_cut: int  # documents that did not fit whole
     bad: tuple[BadSample, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all sources."""
+        return sum(self.samples.values())
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class ImageBatch:
     fields: dict[str, np.ndarray]  # images uint8 [B S S 3], time_ids int32 [B 6], weight float32 [B]: 0 = no image
     sources: tuple[str, ...]  # name of the source of each image
     epochs: dict[str, int]
-    num_samples: int
+    samples: dict[str, int]
     num_upscaled: int  # images whose short side is less than the target's
     bad: tuple[BadSample, ...]
 
@@ -72,20 +83,32 @@ _Batch = TypeVar("_Batch", PackedBatch, ImageBatch)
 class _Stream(abc.ABC, Generic[_Batch]):
     """Batches by step number, read ahead by threads, with a ceiling on bad samples."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, position: Position, reader: RemoteFiles) -> None:
         self._config = config
-        #: Samples handed out so far and the bad ones among them, on this host. May be set, to go on from a checkpoint.
-        self.counts = SampleCounts()
+        self._position = position
+        self._remote = reader
+        self._next_step = 0
+        #: Samples handed out so far and the bad ones among them, on this host, by source.
+        self.counts: collections.defaultdict[str, SampleCounts] = collections.defaultdict(SampleCounts)
 
     @abc.abstractmethod
     def batch(self, step: int) -> _Batch:
         """The batch of a step; the same bits whenever, and in whatever order, it is asked for."""
 
+    @abc.abstractmethod
+    def _rows_in(self, steps: int, source: int) -> int:
+        """Rows (or images) that a source gives in the first `steps` steps of the schedule."""
+
+    @property
+    def read_retries(self) -> int:
+        """Reads behind URLs that failed on this host and were tried again."""
+        return self._remote.retries.total()
+
     def iterate(self, start_step: int = 0) -> Iterator[_Batch]:
         """The batches from `start_step` on, without end, read ahead by `data.read_threads` threads.
 
-        Counts each batch as it is handed out. Raises `DataError` when more samples are bad than `data.max_bad_share`
-        allows, or when a shard can no longer be read.
+        Counts each batch as it is handed out. Raises `DataError` when more samples of a source are bad than
+        `data.max_bad_share` allows, or when a shard can no longer be read.
         """
         ahead = self._config.prefetch_batches if self._config.read_threads else 0
         options = grain.ReadOptions(num_threads=min(self._config.read_threads, ahead), prefetch_buffer_size=ahead)
@@ -95,81 +118,80 @@ class _Stream(abc.ABC, Generic[_Batch]):
             # A batch is one element of the chain, so that its content cannot depend on the threads. After an error
             # Grain would go on with the next element; the error leaves this generator and so ends it.
             for batch in batches:
-                self.counts.add(batch.num_samples, batch.bad)
-                if batch.bad:
-                    self.counts.check(self._config.max_bad_share, batch.bad[0], "data")
+                self._count(batch)
+                self._next_step = batch.step + 1
                 yield batch
         finally:
             batches.close()
+
+    def _count(self, batch: _Batch) -> None:
+        bad: dict[str, list[BadSample]] = collections.defaultdict(list)
+        for sample in batch.bad:
+            bad[sample.source].append(sample)
+        for name, seen in batch.samples.items():
+            self.counts[name].add(seen, bad[name])
+            if bad[name]:
+                self.counts[name].check(self._config.max_bad_share, bad[name][0], f"data.sources.{name}")
+
+    def state(self, step: int | None = None) -> dict[str, Any]:
+        """The position before `step` (the one after the last batch handed out), the same on all hosts (JSON)."""
+        step = self._next_step if step is None else step
+        since = step - self._position.since
+        return self._position.state(
+            step, [self._rows_in(since, source) for source in range(self._position.num_sources)]
+        )
+
+    def restore(self, state: Mapping[str, Any], allowed: Collection[str] = ()) -> list[str]:
+        """Goes on from a saved position, on any number of hosts; a line for everything that is not as it was.
+
+        `allowed` are the settings that may have changed; see `Position.restore`. Raises `DataError`.
+        """
+        notes = self._position.restore(state, allowed)
+        self._next_step = state["step"]
+        return notes
 
 
 # --- rows of one source ----------------------------------------------------------------------------------------------
 
 
-class _EpochPlan:
-    """The rows of one epoch of one source, planned as far as they have been asked for."""
-
-    def __init__(self, index: SampleIndex, rules: DocumentRules, shape: RowShape, pool: int, seed: int) -> None:
-        self._samples = permutation(stream_seed(seed, "samples"), len(index))
-        self.order_seed = stream_seed(seed, "order within slots")
-        blocks = np.split(self._samples, range(_PLANNED_AT_ONCE, len(index), _PLANNED_AT_ONCE))
-        measured = (measure(index, block, rules, self.order_seed) for block in blocks)
-        self._rows = plan_rows(measured, length=shape.length, image_slots=shape.image_slots, pool=pool)
-        self._members: list[np.ndarray] = []
-
-    def row(self, number: int) -> Int64[np.ndarray, " n"] | None:
-        """The samples of a row, or None after the last one."""
-        while len(self._members) <= number:
-            places = next(self._rows, None)
-            if places is None:
-                return None
-            self._members.append(self._samples[places])
-        return self._members[number]
-
-    def num_rows(self) -> int:
-        """Rows planned so far; those of the epoch once `row` has returned None."""
-        return len(self._members)
-
-
 class _PackedSource:
-    """One source: its index, and its rows by number over all epochs."""
+    """One source: its index, its rows by number over all epochs, and how they are filled."""
 
     def __init__(
-        self, config: DataConfig, source: SourceConfig, index: SampleIndex, tokenizer: Tokenizer, shape: RowShape
+        self,
+        config: DataConfig,
+        source: SourceConfig,
+        index: SampleIndex,
+        tokenizer: Tokenizer,
+        shape: RowShape,
+        remote: RemoteFiles,
     ) -> None:
         self.name = source.name
         self.index = index
         self.shape = shape
-        self._reader = ShardReader(index.paths)
+        self._reader = ShardReader(index.paths, remote=remote)
         self._tokenizer = tokenizer
-        self._pool = config.packing_pool
-        self._seed = config.seed
-        self._rules = DocumentRules.of(config, source, shape)
-        self._lock = threading.Lock()
-        self._plans: collections.OrderedDict[int, _EpochPlan] = collections.OrderedDict()
-        self._first_rows = [0]  # of each epoch that is known; an epoch's rows are counted by planning it
-
-    def _plan(self, epoch: int) -> _EpochPlan:
-        if epoch not in self._plans:
-            seed = stream_seed(self._seed, self.name, epoch)
-            self._plans[epoch] = _EpochPlan(self.index, self._rules, self.shape, self._pool, seed)
-        self._plans.move_to_end(epoch)
-        while len(self._plans) > _EPOCHS_KEPT:
-            self._plans.popitem(last=False)
-        return self._plans[epoch]
-
-    def locate(self, row: int) -> tuple[int, int, Int64[np.ndarray, " n"]]:
-        """Epoch, seed of the order within slots, and samples of row number `row`, counted over all epochs."""
-        with self._lock:
-            epoch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-            while True:
-                plan = self._plan(epoch)
-                members = plan.row(row - self._first_rows[epoch])
-                if members is not None:
-                    return epoch, plan.order_seed, members
-                epoch += 1
-                if epoch == len(self._first_rows):
-                    self._first_rows.append(self._first_rows[-1] + plan.num_rows())
+        rules = self._rules = DocumentRules.of(config, source, shape)
+        limits = RowLimits(shape.length, shape.image_slots, config.packing_pool)
+        self.plan = RowPlan(
+            source.name,
+            config.seed,
+            len(index),
+            lambda samples, seed: measure(index, samples, rules, seed),  # no method: a cycle would keep shards open
+            limits,
+            shuffle_window=config.shuffle_window,
+            shuffle_run=config.shuffle_run,
+        )
+        lengths = hashlib.sha256(np.ascontiguousarray(index.tokens).tobytes()).hexdigest()
+        order = config.seed, config.shuffle_window, config.shuffle_window and config.shuffle_run
+        self.identity = Identity(
+            data=digest(index.digest, lengths),
+            rules=digest(
+                {name: v for name, v in vars(rules).items() if name not in _OF_PIXELS}, limits, order, PLANNER
+            ),
+            shards=len(index.paths),
+            samples=len(index),
+        )
 
     def fill_row(
         self, fields: Mapping[str, np.ndarray], row: int, samples: Sequence[int], order_seed: int
@@ -180,10 +202,18 @@ class _PackedSource:
         """
         start = slot = num_documents = num_cut = 0
         bad: list[BadSample] = []
-        for sample in samples:
-            plan = outline(self.index, sample, self._rules, order_seed)
-            document, unusable = read_document(self.index, self._reader, self._tokenizer, sample, plan, self._rules)
-            bad += unusable
+        index = self.index
+        plans = [outline(index, sample, self._rules, order_seed) for sample in samples]
+        reader = self._reader.gather(
+            [
+                (int(index.shards[sample]), int(index.offsets[part]), int(index.sizes[part]))
+                for sample, plan in zip(samples, plans, strict=True)
+                for part in plan.parts
+            ]
+        )
+        for sample, plan in zip(samples, plans, strict=True):
+            document, unusable = read_document(index, reader, self._tokenizer, sample, plan, self._rules)
+            bad += [dataclasses.replace(one, source=self.name) for one in unusable]
             if document is not None:
                 num_documents += 1
                 num_cut += plan.is_cut
@@ -205,15 +235,23 @@ class Pipeline(_Stream[PackedBatch]):
         sources: Sequence[_PackedSource],
         *,
         rows: Mapping[str, int],
-        pad_id: int,
+        tokenizer: Tokenizer,
+        remote: RemoteFiles,
         hosts: int,
         host: int,
     ) -> None:
-        super().__init__(config)
+        used = _used(config)
+        turns = config.mixing, config.global_batch_rows if config.mixing == "mixed" else tuple(rows.values())
+        position = Position(
+            [Track(source.name, source.identity, source.plan) for source in sources],
+            schedule=digest(turns, [(source.name, source.weight) for source in used]),
+            tokenizer=tokenizer.fingerprint,
+        )
+        super().__init__(config, position, remote)
         self._sources = sources
         self._rows = rows  # of the global batch, when the step draws from this source
-        self._pad_id = pad_id
-        self._schedule = Schedule([source.weight for source in _used(config)])
+        self._pad_id = tokenizer.pad_id
+        self._schedule = Schedule([source.weight for source in used])
         self._hosts, self._host = hosts, host
 
     @property
@@ -231,16 +269,26 @@ class Pipeline(_Stream[PackedBatch]):
         """For each source: shards, samples, and how many were left out when the index was built, by cause."""
         return {source.name: _summary(source.index) for source in self._sources}
 
+    def _rows_in(self, steps: int, source: int) -> int:
+        if self._config.mixing == "one_source_per_step":
+            return self._schedule.turns_before(steps, source) * self._rows[self._sources[source].name]
+        return self._schedule.turns_before(steps * self._config.global_batch_rows, source)
+
     def rows_of_step(self, step: int) -> list[tuple[int, int]]:
         """(source, row number within the source) of every row of this host; from the step number alone."""
+        since = step - self._position.since
         if self._config.mixing == "one_source_per_step":
-            source = self._schedule.source(step)
+            source = self._schedule.source(since)
+            first = self._position.start(source) + self._rows_in(since, source)
             total = self._rows[self._sources[source].name]
-            first = self._schedule.turns_before(step, source) * total
             return [(source, first + row) for row in _slice(total, self._hosts, self._host)]
         total = self._config.global_batch_rows
-        turns = [step * total + row for row in _slice(total, self._hosts, self._host)]
-        return [(i, self._schedule.turns_before(turn, i)) for turn in turns for i in [self._schedule.source(turn)]]
+        turns = [since * total + row for row in _slice(total, self._hosts, self._host)]
+        sources = [self._schedule.source(turn) for turn in turns]
+        return [
+            (source, self._position.start(source) + self._schedule.turns_before(turn, source))
+            for source, turn in zip(sources, turns, strict=True)
+        ]
 
     def batch(self, step: int) -> PackedBatch:
         """The packed rows of a step on this host. Raises `DataError` when a shard cannot be read."""
@@ -248,19 +296,20 @@ class Pipeline(_Stream[PackedBatch]):
         shape = self._sources[rows[0][0]].shape
         fields = empty_batch(len(rows), shape, self._pad_id)
         epochs: dict[str, int] = {}
+        samples: collections.Counter[str] = collections.Counter()
         bad: list[BadSample] = []
-        num_samples = num_documents = num_cut = 0
+        num_documents = num_cut = 0
         for i, (number, row) in enumerate(rows):
             source = self._sources[number]
-            epoch, order_seed, members = source.locate(row)
+            epoch, order_seed, members = source.plan.locate(row)
             documents, cut, unusable = source.fill_row(fields, i, members.tolist(), order_seed)
             epochs[source.name] = max(epoch, epochs.get(source.name, 0))
-            num_samples += len(members)
+            samples[source.name] += len(members)
             num_documents += documents
             num_cut += cut
             bad += unusable
         names = tuple(self._sources[number].name for number, _ in rows)
-        return PackedBatch(step, fields, names, epochs, num_samples, num_documents, num_cut, tuple(bad))
+        return PackedBatch(step, fields, names, epochs, dict(samples), num_documents, num_cut, tuple(bad))
 
 
 def open_pipeline(
@@ -277,11 +326,21 @@ def open_pipeline(
     for source in _used(config):
         shapes[source.name] = _row_shape(config, source, visual_tokens, image_size)
         rows[source.name] = _rows_of_source(config, source, hosts)
-    indexes = {source.name: _open_source(config, source, tokenizer) for source in _used(config)}
-    sources = [
-        _PackedSource(config, source, indexes[source.name], tokenizer, shapes[source.name]) for source in _used(config)
-    ]
-    return Pipeline(config, sources, rows=rows, pad_id=tokenizer.pad_id, hosts=hosts, host=host)
+    remote = _remote_files(config)
+    sources = []
+    for source in _used(config):
+        index = open_source(config, source, tokenizer)
+        sources.append(_PackedSource(config, source, index, tokenizer, shapes[source.name], remote))
+    return Pipeline(config, sources, rows=rows, tokenizer=tokenizer, remote=remote, hosts=hosts, host=host)
+
+
+def _remote_files(config: DataConfig) -> RemoteFiles:
+    # Neighbours are worth keeping only where they come soon.
+    return RemoteFiles(_patience(config), cache_bytes=config.read_ahead_mb << 20 if config.shuffle_window else 0)
+
+
+def _patience(config: DataConfig) -> Patience:
+    return Patience(attempts=config.read_attempts, timeout_s=config.read_timeout_s)
 
 
 def _used(config: DataConfig) -> list[SourceConfig]:
@@ -346,17 +405,39 @@ def _rows_of_source(config: DataConfig, source: SourceConfig, hosts: int) -> int
     return rows
 
 
-def _open_source(config: DataConfig, source: SourceConfig, tokenizer: Tokenizer | None) -> SampleIndex:
+def open_source(
+    config: DataConfig, source: SourceConfig, tokenizer: Tokenizer | None, *, processes: int = 1
+) -> SampleIndex:
+    """The index of a source, built where it is missing, on `processes` cores if more than one.
+
+    Raises `DataError` for shards that are missing or, unless they are to be salvaged, damaged; when more samples are
+    bad than `data.max_bad_share` allows; and when none is left.
+    """
     paths = expand_shards(source.shards, f"data.sources.{source.name}.shards")
-    index = open_index(paths, source.kind, tokenizer, threads=config.read_threads, caption=source.caption)
+    rules = IndexRules(
+        source.kind,
+        tokenizer,
+        salvage=config.damaged_shards == "salvage",
+        caption=source.caption,
+        patience=_patience(config),
+        directory=config.index_dir,
+    )
+    index = open_index(paths, rules, threads=config.read_threads, processes=processes)
     where = f"data.sources.{source.name}"
     if index.bad:
         found = SampleCounts()
         found.add(len(index) + len(index.bad), index.bad)
+        found.lose(_lost(index))
         found.check(config.max_bad_share, index.bad[0], where)
     if not len(index):
         raise DataError(f"{where}: none of its samples can be used; for example {index.bad[0]}")
     return index
+
+
+def _lost(index: SampleIndex) -> int:
+    """An estimate of the samples in shards of which nothing is left: as many as in the others."""
+    empty = len(index.paths) - len(np.unique(index.shards))
+    return round(empty * len(index) / max(1, len(index.paths) - empty))
 
 
 def _summary(index: SampleIndex) -> dict[str, int]:
@@ -386,37 +467,44 @@ class ImagePipeline(_Stream[ImageBatch]):
         hosts: int,
         host: int,
     ) -> None:
-        super().__init__(config)
-        self._sources = [(name, index, ShardReader(index.paths)) for name, index in sources]
+        remote = _remote_files(config)
+        window, run = config.shuffle_window, config.shuffle_run
+        names = [name for name, _ in sources]
+        self._orders = [
+            SampleOrder(name, config.seed, len(index), shuffle_window=window, shuffle_run=run)
+            for name, index in sources
+        ]
+        rules = digest(config.seed, window, window and run)
+        identities = [Identity(index.digest, rules, len(index.paths), len(index)) for _, index in sources]
+        position = Position(
+            [Track(*track) for track in zip(names, identities, self._orders, strict=True)],
+            schedule=digest(batch_images, list(zip(names, weights, strict=True))),
+            tokenizer="",
+        )
+        super().__init__(config, position, remote)
+        self._sources = [(name, index, ShardReader(index.paths, remote=remote)) for name, index in sources]
         self._schedule = Schedule(weights)
         self._image_size = image_size
         self._batch_images = batch_images
         self._random_scale_max = random_scale_max
         self._share = _slice(batch_images, hosts, host)
-        self._lock = threading.Lock()
-        self._orders: collections.OrderedDict[tuple[int, int], np.ndarray] = collections.OrderedDict()
 
     @property
     def summary(self) -> dict[str, dict[str, int]]:
         """For each source: shards, samples, and how many were left out when the index was built, by cause."""
         return {name: _summary(index) for name, index, _ in self._sources}
 
-    def _sample(self, turn: int) -> tuple[int, int, int]:
-        """Source, epoch and sample of image number `turn` of the run."""
-        source = self._schedule.source(turn)
-        name, index, _ = self._sources[source]
-        epoch, place = divmod(self._schedule.turns_before(turn, source), len(index))
-        with self._lock:
-            if (source, epoch) not in self._orders:
-                seed = stream_seed(self._config.seed, name, epoch, "images")
-                self._orders[source, epoch] = permutation(seed, len(index))
-            self._orders.move_to_end((source, epoch))
-            while len(self._orders) > _EPOCHS_KEPT * len(self._sources):
-                self._orders.popitem(last=False)
-            return source, epoch, int(self._orders[source, epoch][place])
+    def _rows_in(self, steps: int, source: int) -> int:
+        return self._schedule.turns_before(steps * self._batch_images, source)
 
-    def _crop(self, source: int, epoch: int, sample: int) -> samples_.Crop:
-        name, index, reader = self._sources[source]
+    def _sample(self, turn: int) -> tuple[int, int, int]:
+        """Source, epoch and sample of image number `turn` of the schedule."""
+        source = self._schedule.source(turn)
+        number = self._position.start(source) + self._schedule.turns_before(turn, source)
+        return source, *self._orders[source].locate(number)
+
+    def _crop(self, source: int, reader: ShardReader, epoch: int, sample: int) -> samples_.Crop:
+        name, index, _ = self._sources[source]
         part = _image_part(index, sample)
         data = samples_.read_part(reader, index, sample, part)
         seeds = [stream_seed(self._config.seed, name, epoch, draw) for draw in ("scale", "top", "left")]
@@ -435,19 +523,29 @@ class ImagePipeline(_Stream[ImageBatch]):
         epochs: dict[str, int] = {}
         bad: list[BadSample] = []
         num_upscaled = 0
-        for i, turn in enumerate(self._share):
-            source, epoch, sample = self._sample(step * self._batch_images + turn)
+        first = (step - self._position.since) * self._batch_images
+        drawn = [self._sample(first + turn) for turn in self._share]
+        readers = [self._gather(source, drawn) for source in range(len(self._sources))]
+        for i, (source, epoch, sample) in enumerate(drawn):
             name, index, _ = self._sources[source]
             names.append(name)
             epochs[name] = max(epoch, epochs.get(name, 0))
             try:
-                crop = self._crop(source, epoch, sample)
+                crop = self._crop(source, readers[source], epoch, sample)
             except SampleError as error:
-                bad.append(index.bad_sample(sample, _image_part(index, sample), error))
+                found = index.bad_sample(sample, _image_part(index, sample), error)
+                bad.append(dataclasses.replace(found, source=name))
                 continue
             fields["images"][i], fields["time_ids"][i], fields["weight"][i] = crop.image, crop.time_ids, 1.0
             num_upscaled += crop.upscaled
-        return ImageBatch(step, fields, tuple(names), epochs, len(self._share), num_upscaled, tuple(bad))
+        samples = dict(collections.Counter(names))
+        return ImageBatch(step, fields, tuple(names), epochs, samples, num_upscaled, tuple(bad))
+
+    def _gather(self, source: int, drawn: Sequence[tuple[int, int, int]]) -> ShardReader:
+        _, index, reader = self._sources[source]
+        parts = [(sample, _image_part(index, sample)) for number, _, sample in drawn if number == source]
+        ranges = [(int(index.shards[s]), int(index.offsets[part]), int(index.sizes[part])) for s, part in parts]
+        return reader.gather(ranges)
 
 
 def open_image_pipeline(
@@ -478,7 +576,7 @@ def open_image_pipeline(
     used = [source for source in pairs if source.weight > 0]
     return ImagePipeline(
         config,
-        [(source.name, _open_source(config, source, tokenizer)) for source in used],
+        [(source.name, open_source(config, source, tokenizer)) for source in used],
         [source.weight for source in used],
         image_size=image_size,
         batch_images=batch_images,

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_pipelines.index import BadSample, SampleIndex
 from data_pipelines.kinds import SampleError, decode_caption
+from data_pipelines.remote import ShortReadError
 from data_pipelines.shards import ShardReader
 from emu2_jax.errors import DataError
 
@@ -39,8 +40,11 @@ def read_text(reader: ShardReader, index: SampleIndex, sample: int, part: int) -
 
 
 def read_part(reader: ShardReader, index: SampleIndex, sample: int, part: int) -> bytes:
-    """Bytes of part number `part` (counted over the whole index), which belongs to `sample`."""
-    return reader.read(int(index.shards[sample]), int(index.offsets[part]), int(index.sizes[part]))
+    """Bytes of part number `part` (counted over the whole index), which belongs to `sample`. Raises `SampleError`."""
+    try:
+        return reader.read(int(index.shards[sample]), int(index.offsets[part]), int(index.sizes[part]))
+    except ShortReadError as error:
+        raise SampleError("shorter_shard", str(error)) from error
 
 
 @contextmanager
@@ -114,17 +118,24 @@ class SampleCounts:
 
     seen: int = 0
     bad: collections.Counter[str] = field(default_factory=collections.Counter)
+    lost: int = 0  # bad as well: an estimate of those in shards that cannot be read at all
 
     def add(self, seen: int, bad: Iterable[BadSample]) -> None:
         """Counts the samples of one batch."""
         self.seen += seen
         self.bad.update(sample.cause for sample in bad)
 
+    def lose(self, samples: int) -> None:
+        """Counts samples that nobody has seen."""
+        self.seen += samples
+        self.lost += samples
+
     def check(self, max_bad_share: float, example: BadSample, where: str) -> None:
         """Raises `DataError` when more than `max_bad_share` of the samples seen were bad; `where` names the stream."""
-        num_bad = self.bad.total()
+        num_bad = self.bad.total() + self.lost
         if num_bad > max_bad_share * max(self.seen, MIN_SEEN_FOR_SHARE):
             causes = ", ".join(f"{cause} {count}" for cause, count in self.bad.most_common())
+            causes += f", in unusable shards about {self.lost}" if self.lost else ""
             raise DataError(
                 f"{where}: {num_bad} of {self.seen} samples are bad ({causes}), more than "
                 f"data.max_bad_share = {max_bad_share:g} allows; for example {example}"

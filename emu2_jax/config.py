@@ -128,6 +128,13 @@ class DataConfig:
     phrase_first_probability: float = 0.7  #: of grounded: phrase before its boxes (paper: 0.7, **open** which way)
     max_document_positions: int | None = None  #: documents are cut here; None = row_length
     packing_pool: int = 256  #: samples among which the packer chooses
+    shuffle_window: int | None = None  #: samples that change places with each other; None = all of an epoch
+    shuffle_run: int = 16  #: with shuffle_window: neighbouring samples that go into a window together
+    index_dir: str | None = None  #: path or URL for indexes; None = beside the shards, else ~/.cache/emu2_jax/index
+    damaged_shards: Literal["stop", "salvage"] = "stop"  #: salvage: use what is left of a cut or damaged shard
+    read_attempts: int = 8  #: behind URLs: how often a failing read is tried, with growing pauses
+    read_timeout_s: float = 60.0  #: behind URLs: seconds after which a read has failed
+    read_ahead_mb: int = 512  #: behind URLs, with shuffle_window: megabytes kept for samples that come soon
     read_threads: int = 2  #: threads that read and decode
     prefetch_batches: int = 2  #: batches ready ahead of the step
     max_bad_share: float = 0.01  #: the run stops when more than this share of samples cannot be used
@@ -348,7 +355,11 @@ def _validate_data(config: ExperimentConfig) -> None:
         "data.max_document_positions",
         f"must lie between {needed}, which hold one image, and data.row_length",
     )
-    _require_positive(data, "data", "global_batch_rows", "packing_pool")
+    _require_positive(data, "data", "global_batch_rows", "packing_pool", "shuffle_run", "read_attempts")
+    window = data.shuffle_window
+    _require(window is None or window >= data.shuffle_run, "data.shuffle_window", "must be at least data.shuffle_run")
+    _require(data.read_timeout_s > 0, "data.read_timeout_s", "must be positive")
+    _require(data.read_ahead_mb >= 0, "data.read_ahead_mb", "must not be negative")
     _require(0 <= data.image_first_probability <= 1, "data.image_first_probability", "must lie in [0, 1]")
     _require(0 <= data.phrase_first_probability <= 1, "data.phrase_first_probability", "must lie in [0, 1]")
     _require(0 <= data.max_bad_share <= 1, "data.max_bad_share", "must lie in [0, 1]")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import collections
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from data_pipelines.pipeline import ImageBatch, ImagePipeline, PackedBatch, Pipeline, open_image_pipeline, open_pipeline
 from data_pipelines.samples import SampleCounts
+from data_pipelines.streaming import StreamPipeline, is_stream, open_stream
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.diffusion.decoder import DecoderTask
-from emu2_jax.errors import ConfigError
+from emu2_jax.errors import ConfigError, DataError
 from emu2_jax.models.emu2 import PretrainTask
 from emu2_jax.sequence import RowShape, batch_shapes
 from emu2_jax.task import Task
@@ -21,18 +25,52 @@ from emu2_jax.train import HostBatch
 
 
 class TrainingInput:
-    """A pipeline as the trainer's `Input`."""
+    """A pipeline as the trainer's `Input`.
 
-    def __init__(self, pipeline: Pipeline | ImagePipeline) -> None:
+    `allowed_changes` are the settings that may differ from those of the run that is gone on with. `say` receives one
+    line for what the user should know: a source begins a new epoch, say.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline | ImagePipeline | StreamPipeline,
+        allowed_changes: Collection[str] = (),
+        say: Callable[[str], None] = print,
+    ) -> None:
         self._pipeline = pipeline
+        self._allowed_changes = allowed_changes
+        self._say = say if jax.process_index() == 0 else lambda line: None
+        self._epochs: dict[str, int] = {}  # that each source has reached
 
     def iterate(self, start_step: int) -> Iterator[HostBatch]:
         """Batches with what is logged of them."""
         for batch in self._pipeline.iterate(start_step):
+            self._note_epochs(batch)
             info = _packed_info(batch) if isinstance(batch, PackedBatch) else _image_info(batch)
-            bad = self._pipeline.counts.bad
-            info |= {"bad_samples": bad.total(), **{f"bad_samples/{cause}": n for cause, n in sorted(bad.items())}}
-            yield HostBatch(batch.fields, info)
+            yield HostBatch(batch.fields, {**info, **self._counters()})
+
+    def _note_epochs(self, batch: PackedBatch | ImageBatch) -> None:
+        for name, epoch in batch.epochs.items():
+            if epoch > self._epochs.get(name, 0):
+                self._say(f"{name}: all samples have been read; epoch {epoch} goes through them in a new order")
+            self._epochs[name] = max(epoch, self._epochs.get(name, 0))
+
+    def _counters(self) -> dict[str, float | str]:
+        """Totals of this host since the run began."""
+        counters: dict[str, float | str] = {}
+        causes: collections.Counter[str] = collections.Counter()
+        for name, counts in sorted(self._pipeline.counts.items()):
+            counters[f"samples/{name}"] = counts.seen
+            counters[f"bad_of_source/{name}"] = counts.bad.total()
+            counters[f"epoch/{name}"] = self._epochs.get(name, 0)
+            causes += counts.bad
+        counters |= {
+            "bad_samples": causes.total(),
+            **{f"bad_samples/{cause}": n for cause, n in sorted(causes.items())},
+        }
+        if self._pipeline.read_retries:
+            counters["read_retries"] = self._pipeline.read_retries
+        return counters
 
     @property
     def summary(self) -> Mapping[str, Mapping[str, int]]:
@@ -40,12 +78,39 @@ class TrainingInput:
         return self._pipeline.summary
 
     def state(self) -> Mapping[str, Any]:
-        """Samples seen and bad ones by cause. The position itself is the step number."""
-        return {"counts": self._pipeline.counts.to_dict()}
+        """The position in the data, and samples seen and bad ones of all hosts, by source."""
+        counts = {name: counts.to_dict() for name, counts in sorted(self._pipeline.counts.items())}
+        return {"position": self._pipeline.state(), "counts": _summed(_of_all_hosts(counts))}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on counting from a checkpoint."""
-        self._pipeline.counts = SampleCounts.from_dict(state["counts"])
+        """Go on from a checkpoint, and go on counting. Raises `DataError` when the data is not what it was."""
+        if "position" not in state:
+            raise DataError("checkpoint: holds no data position that this program reads; take another work directory")
+        for line in self._pipeline.restore(state["position"], self._allowed_changes):
+            self._say(line)
+        self._epochs = {name: source["at"][0] for name, source in state["position"]["sources"].items()}
+        # The counts of the past are kept by the first host; their sum is what is saved.
+        saved = state["counts"] if jax.process_index() == 0 else {}
+        self._pipeline.counts.clear()
+        self._pipeline.counts.update({name: SampleCounts.from_dict(counts) for name, counts in saved.items()})
+
+
+def _of_all_hosts(value: Any) -> list[Any]:
+    """A small JSON value of every host, on every host."""
+    if jax.process_count() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    room = int(multihost_utils.process_allgather(np.array(len(text), np.int32)).max())
+    padded = np.frombuffer(text.ljust(room), np.uint8)
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+
+
+def _summed(hosts: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    totals: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for host in hosts:
+        for name, counts in host.items():
+            totals[name].update(counts)
+    return {name: dict(sorted(counts.items())) for name, counts in sorted(totals.items())}
 
 
 def _packed_info(batch: PackedBatch) -> dict[str, float | str]:
@@ -98,26 +163,28 @@ def make_task(config: ExperimentConfig, tokenizer: Tokenizer | None) -> Task:
     return PretrainTask(config, image_start_id=ids[0], image_end_id=ids[1])
 
 
-def open_input(config: ExperimentConfig, tokenizer: Tokenizer | None) -> TrainingInput:
+def open_input(
+    config: ExperimentConfig, tokenizer: Tokenizer | None, allowed_changes: Collection[str] = ()
+) -> TrainingInput:
     """Open (and, the first time, index) every shard of the run. Raises `DataError` before anything compiles.
 
-    Only the decoder task does without a tokenizer.
+    Only the decoder task does without a tokenizer. For `allowed_changes` see `TrainingInput`.
     """
     hosts, host = jax.process_count(), jax.process_index()
+    pipeline: Pipeline | ImagePipeline | StreamPipeline
+    streams = any(is_stream(source.shards) for source in config.data.sources if source.weight > 0)
     if config.train.task == "decoder":
-        return TrainingInput(
-            open_image_pipeline(
-                config.data,
-                image_size=config.decoder.image_size,
-                batch_images=config.decoder.batch_images,
-                random_scale_max=config.decoder.random_scale_max,
-                hosts=hosts,
-                host=host,
-            )
+        pipeline = open_image_pipeline(
+            config.data,
+            image_size=config.decoder.image_size,
+            batch_images=config.decoder.batch_images,
+            random_scale_max=config.decoder.random_scale_max,
+            hosts=hosts,
+            host=host,
         )
-    assert tokenizer is not None, "pretraining needs a tokenizer"
-    return TrainingInput(
-        open_pipeline(
+    else:
+        assert tokenizer is not None, "pretraining needs a tokenizer"
+        pipeline = (open_stream if streams else open_pipeline)(
             config.data,
             visual_tokens=config.model.num_visual_tokens,
             image_size=config.model.vision.image_size,
@@ -125,7 +192,11 @@ def open_input(config: ExperimentConfig, tokenizer: Tokenizer | None) -> Trainin
             hosts=hosts,
             host=host,
         )
-    )
+    if isinstance(pipeline, StreamPipeline):
+        print(pipeline.warning)
+    elif any(position != pipeline.state(0) for position in _of_all_hosts(pipeline.state(0))):
+        raise DataError("data: hosts see different samples; do all read the same shards, with indexes of the same age?")
+    return TrainingInput(pipeline, allowed_changes)
 
 
 def batch_rows(config: ExperimentConfig) -> dict[str, int]:

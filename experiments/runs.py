@@ -51,7 +51,7 @@ def run_training(
     for path, rows in batch_rows(config).items():
         sharding.check_batch(rows, config.optimizer.accumulation_steps, mesh, path)
     tokenizer = open_tokenizer(config) if config.train.task == "pretrain" else None
-    data = open_input(config, tokenizer)
+    data = open_input(config, tokenizer, allowed_changes)
     if config.train.init_from is not None and not (workdir / FOLDER).exists():
         _say_if_unfinished(Path(config.train.init_from))
     task = make_task(config, tokenizer)

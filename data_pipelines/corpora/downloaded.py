@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipelines.index import scan_tar, split_name
+from data_pipelines.index import split_name
 from data_pipelines.kinds import IMAGE_SUFFIXES, JSON_SUFFIX
-from data_pipelines.shards import ShardReader
+from data_pipelines.shards import ShardReader, scan_tar
 from emu2_jax.errors import DataError
 
 

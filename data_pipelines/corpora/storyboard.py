@@ -19,9 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipelines.corpora.converted import new_corpus
-from data_pipelines.index import scan_tar
 from data_pipelines.kinds import IMAGE_SUFFIXES, TEXT_SUFFIX, Kind
-from data_pipelines.shards import ShardReader
+from data_pipelines.shards import ShardReader, scan_tar
 from emu2_jax.errors import DataError
 
 KIND: Kind = "interleaved"

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import settings
 from tiny_shards import WORDS, Members, WriteShard, picture
 
 from emu2_jax.tokenizer import Tokenizer
+
+settings.register_profile("quick", max_examples=200)
+settings.register_profile("thorough", max_examples=10_000)  # pytest --hypothesis-profile=thorough
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")

@@ -298,12 +298,12 @@ def test_too_many_bad_samples_stop_the_run_with_causes_and_an_example(
         DataError, match=r"2[6-9] of \d+ samples are bad \(damaged_image 2[6-9]\).*a\.tar, sample '\d+'"
     ):
         _first(pipeline, 200)
-    assert pipeline.counts.bad["damaged_image"] > 25
+    assert pipeline.counts["pairs"].bad["damaged_image"] > 25
     lenient = _open(tokenizer, source, max_bad_share=0.5)
     assert len(_first(lenient, 60)) == 60
-    assert lenient.counts.bad.total() / lenient.counts.seen == pytest.approx(0.25, abs=0.05)
+    assert lenient.counts["pairs"].bad.total() / lenient.counts["pairs"].seen == pytest.approx(0.25, abs=0.05)
     resumed = _open(tokenizer, source, max_bad_share=0.05)
-    resumed.counts = SampleCounts.from_dict(lenient.counts.to_dict())
+    resumed.counts["pairs"] = SampleCounts.from_dict(lenient.counts["pairs"].to_dict())
     with pytest.raises(DataError, match="samples are bad"):
         _first(resumed, 3, start=60)
 
@@ -311,7 +311,7 @@ def test_too_many_bad_samples_stop_the_run_with_causes_and_an_example(
 def test_counts_are_of_what_was_handed_out(pairs: Pairs, tokenizer: Tokenizer) -> None:
     pipeline = _open(tokenizer, _source(pairs("a.tar", 50)), prefetch_batches=8)
     batches = _first(pipeline, 2)
-    assert pipeline.counts.seen == sum(batch.num_samples for batch in batches)
+    assert pipeline.counts["pairs"].seen == sum(batch.num_samples for batch in batches)
 
 
 def test_samples_left_out_of_the_index_count_too(write_shard: WriteShard, tokenizer: Tokenizer) -> None:
@@ -335,6 +335,37 @@ def test_broken_shards_stop_before_training(pairs: Pairs, tokenizer: Tokenizer, 
         _open(tokenizer, _source(str(tmp_path / "a-{0..2}.tar")))
     with pytest.raises(DataError, match=r"data\.sources\.pairs\.shards: no file matches"):
         _open(tokenizer, _source(str(tmp_path / "b-*.tar")))
+
+
+def test_damaged_shards_are_salvaged_if_that_is_allowed(pairs: Pairs, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for number in range(4):
+        pairs(f"a-{number}.tar", 30, 30 * number)
+    cut, foreign = tmp_path / "a-1.tar", tmp_path / "a-2.tar"
+    cut.write_bytes(cut.read_bytes()[: 9 * 2048 + 1540])
+    foreign.write_bytes(b"<html>not found</html>" * 100)
+    source = _source(str(tmp_path / "a-*.tar"))
+    with pytest.raises(DataError, match=r"a-1\.tar: cut: member '0039\.txt' .*\(and 1 more broken shards\)"):
+        _open(tokenizer, source)
+    with pytest.raises(
+        DataError,
+        match=r"data\.sources\.pairs: 25 of \d+ samples are bad \(cut_member 1, foreign_shard 1, in unusable shards "
+        r"about 23\), more than data\.max_bad_share = 0\.01 allows; for example cut_member: .*a-1\.tar, sample '0039'",
+    ):
+        _open(tokenizer, source, damaged_shards="salvage")
+    pipeline = _open(tokenizer, source, damaged_shards="salvage", max_bad_share=0.3)
+    assert pipeline.summary == {"pairs": {"shards": 4, "samples": 69, "cut_member": 1, "foreign_shard": 1}}
+    greys = {grey for batch in _first(pipeline, 12) for grey in _greys(batch)}
+    assert greys == {*range(39), *range(90, 120)}
+
+
+def test_shard_that_becomes_shorter_leaves_holes(pairs: Pairs, tokenizer: Tokenizer) -> None:
+    path = Path(pairs("a.tar", 30))
+    pipeline = _open(tokenizer, _source(str(path)), max_bad_share=1.0)
+    path.write_bytes(path.read_bytes()[:20_000])
+    batches = _first(pipeline, 3)
+    assert {bad.cause for batch in batches for bad in batch.bad} == {"shorter_shard"}
+    assert {bad.source for batch in batches for bad in batch.bad} == {"pairs"}
+    assert any(_greys(batch) for batch in batches)
 
 
 def test_shard_that_vanishes_during_the_run_ends_it(pairs: Pairs, tokenizer: Tokenizer) -> None:

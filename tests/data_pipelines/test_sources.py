@@ -19,7 +19,7 @@ from tiny_videos import video
 
 from data_pipelines.corpora import SOURCES, mmc4, obelics, storyboard, text
 from data_pipelines.corpora.validate import validate
-from data_pipelines.index import open_index
+from data_pipelines.index_files import IndexRules, open_index
 from data_pipelines.interleave import DocumentRules, outline, read_document
 from data_pipelines.shards import ShardReader
 from emu2_jax.errors import DataError
@@ -33,7 +33,7 @@ def documents(
 ) -> list[str]:
     """The documents that training makes of the shards, as words: each image by its grey."""
     found = []
-    index = open_index([str(path) for path in shards], SOURCES[source], tokenizer, caption=caption)
+    index = open_index([str(path) for path in shards], IndexRules(SOURCES[source], tokenizer, caption))
     rule = dataclasses.replace(TEXT_FIRST, **rules)
     for sample in range(len(index)):
         plan = outline(index, sample, rule, seed=0)

@@ -1,18 +1,21 @@
-"""What a run reads, as its config names it."""
+"""What a run reads, as its config names it; counters, and a state that goes on counting."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 
-from emu2_jax.config import ExperimentConfig
-from emu2_jax.errors import ConfigError
+from data_pipelines.pipeline import Pipeline, open_pipeline
+from emu2_jax.config import DataConfig, ExperimentConfig, SourceConfig
+from emu2_jax.errors import ConfigError, DataError
 from emu2_jax.tokenizer import Tokenizer
-from experiments.inputs import open_tokenizer
+from experiments.inputs import TrainingInput, open_tokenizer
 
 
 def config(model_file: Path, vocab_size: int, **data: Any) -> ExperimentConfig:
@@ -36,3 +39,45 @@ def test_a_vocabulary_of_another_size_than_the_embedding_is_an_error(sentencepie
     wanted = rf"^model\.language\.vocab_size: is {base}, .* has {base + 2} with data\.special_tokens = chat; set it to "
     with pytest.raises(ConfigError, match=wanted + rf"{base + 2}$"):
         open_tokenizer(config(sentencepiece_model, base, special_tokens="chat"))
+
+
+@pytest.fixture
+def pipeline(corpus: Path) -> Pipeline:
+    """Pairs and texts of the minimal corpus, in rows that use them up within some steps."""
+    sources = (
+        SourceConfig(name="pairs", kind="image_text", shards=f"{corpus}/train/pairs-*.tar", weight=1.0),
+        SourceConfig(name="text", kind="text", shards=f"{corpus}/train/text-*.tar", weight=3.0),
+    )
+    config = DataConfig(sources=sources, row_length=512, image_slots=32, global_batch_rows=8, read_threads=0)
+    return open_pipeline(config, visual_tokens=4, image_size=8, tokenizer=Tokenizer(corpus / "tokenizer.model"))
+
+
+def test_counters_by_source_and_a_line_for_each_new_epoch(pipeline: Pipeline) -> None:
+    lines: list[str] = []
+    batches = list(itertools.islice(TrainingInput(pipeline, say=lines.append).iterate(0), 30))
+    infos = [batch.info for batch in batches]
+    epochs = max(int(info["epoch/text"]) for info in infos)
+    assert epochs >= 1
+    assert f"text: all samples have been read; epoch {epochs} goes through them in a new order" in lines
+    assert len([line for line in lines if line.startswith("text: ")]) == epochs
+    assert infos[-1]["samples/text"] > pipeline.summary["text"]["samples"]
+    assert infos[0]["bad_samples"] == infos[0]["bad_of_source/text"] == 0 and "read_retries" not in infos[0]
+
+
+def test_counts_and_position_go_on(pipeline: Pipeline) -> None:
+    said: list[str] = []
+    first = TrainingInput(pipeline, say=said.append)
+    stream = first.iterate(0)
+    for _ in range(5):
+        next(stream)
+    state = json.loads(json.dumps(first.state()))
+    assert state["position"]["step"] == 5 and len(json.dumps(state)) < 1000
+    said.clear()
+    expected = next(stream)
+    lines: list[str] = []
+    second = TrainingInput(pipeline, say=lines.append)
+    second.restore(state)
+    found = next(second.iterate(5))
+    assert (found.info, lines) == (expected.info, said)
+    with pytest.raises(DataError, match="holds no data position that this program reads"):
+        second.restore({"counts": {"seen": 3}})
