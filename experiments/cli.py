@@ -29,6 +29,15 @@ The same command goes on where the run stopped. Examples:
   emu2 train emu2_37b_stage2 --workdir runs/big --dry_run
 """
 
+DATA_INDEX_EPILOG = """\
+An index that is there and fits its shard is left alone; a build that was stopped goes on where it was. Examples:
+  emu2 data index openmoji_tiny_stage2
+  emu2 data index 'data/pairs-*.tar' --kind image_text --tokenizer data/tokenizer.model
+"""
+
+#: As `SourceConfig.kind` has them; named here, so that --help needs no import.
+KINDS = ("image_text", "video_text", "interleaved", "grounded", "text")
+
 
 CONVERT_EPILOG = """\
 Forms (found from the names unless given): emu2, emu2_hf, llama_hf, eva_timm, eva_open_clip, eva_clip, unet.
@@ -72,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("recipes", _recipes, "list the recipes")
 
-    _add_data_commands(add("data", None, "build, convert and look through corpora"))
+    _add_data_commands(add("data", None, "build, convert, index and look through corpora"))
 
     train = add("train", _train, "train a recipe, or go on with it")
     train.epilog = TRAIN_EPILOG
@@ -174,6 +183,18 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     openmoji = add("openmoji", _openmoji, "build the embedded corpus (docs/corpora.md)")
     openmoji.add_argument("--out", type=Path, required=True, help="directory to make")
     openmoji.add_argument("--preset", choices=["tiny", "minimal", "full"], default="full", help="how much of it (full)")
+
+    index = add("index", _data_index, "build the indexes of shards, so that a run begins at once")
+    index.epilog = DATA_INDEX_EPILOG
+    index.add_argument("target", metavar="RECIPE_OR_SHARDS", help="a recipe, or with --kind a pattern of shards")
+    index.add_argument("--kind", choices=KINDS, help="layout of the samples (docs/data.md)")
+    index.add_argument("--tokenizer", type=Path, metavar="MODEL", help="with --kind: a SentencePiece model")
+    index.add_argument("--caption", help="with --kind: where the text of a pair is, txt or json.FIELD (txt)")
+    index.add_argument("--index_dir", help="with --kind: path or URL for indexes (beside the shards)")
+    index.add_argument("--salvage", action="store_true", help="with --kind: use what is left of damaged shards")
+    index.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="shards at a time (all cores)")
+    index.add_argument("--gin_file", type=Path, action="append", default=[], metavar="FILE", help="override file")
+
     convert = add("convert", None, "write a corpus as it is distributed into shards that training reads")
     convert.epilog = CONVERT_EPILOG
     add_sources(_adder(convert))
@@ -201,6 +222,31 @@ def _openmoji(arguments: argparse.Namespace, rest: list[str]) -> None:
     from experiments.openmoji_tiny import CORPORA
 
     build(arguments.out, CORPORA[arguments.preset], processes=os.cpu_count() or 1)
+
+
+def _data_index(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from emu2_jax.errors import ConfigError
+    from experiments.data import index_recipe, index_shards
+
+    if arguments.kind is None:
+        for name in ("tokenizer", "caption", "index_dir", "salvage"):
+            if getattr(arguments, name):
+                raise ConfigError(f"--{name}: is for shards of a --kind; a recipe has its own: --gin.data...")
+        index_recipe(arguments.target, arguments.gin_file, rest, processes=arguments.processes)
+        return
+    if rest or arguments.gin_file:
+        raise ConfigError("--gin: settings are for a recipe; with --kind, give shards and --tokenizer")
+    if arguments.tokenizer is None:
+        raise ConfigError("--tokenizer: needed with --kind, because texts are counted in tokens")
+    index_shards(
+        arguments.target,
+        arguments.kind,
+        arguments.tokenizer,
+        caption=arguments.caption or "txt",
+        index_dir=arguments.index_dir,
+        salvage=arguments.salvage,
+        processes=arguments.processes,
+    )
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> None:

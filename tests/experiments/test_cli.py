@@ -7,12 +7,14 @@ import json
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import command
 import pytest
 
 from emu2_jax.checkpoint import FOLDER
+from emu2_jax.config import SourceConfig
 from emu2_jax.metrics import JSONL
 from experiments import cli
 from experiments.recipes import RECIPES
@@ -287,3 +289,62 @@ def test_help_is_quick_and_says_how() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--gin.optimizer.learning_rate=3e-5" in done.stdout
+
+
+def test_kinds_of_the_command_line_are_those_of_a_source() -> None:
+    assert set(cli.KINDS) == set(typing.get_args(typing.get_type_hints(SourceConfig)["kind"]))
+
+
+def test_data_index(corpus: Path, gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = tmp_path / "pairs"
+    shutil.copytree(corpus / "train", shards, ignore=lambda _, names: [n for n in names if not n.endswith(".tar")])
+    (shards / "pairs-000000.tar").write_bytes((shards / "pairs-000000.tar").read_bytes()[:-20_000])
+    pattern = f"{shards}/pairs-*.tar"
+    tokenizer = ("--kind", "image_text", "--tokenizer", f"{corpus}/tokenizer.model", "--processes", "1")
+    assert "pairs-000000.tar: cut: " in command.fail(["data", "index", pattern, *tokenizer], capsys)
+    cli.main(["data", "index", pattern, *tokenizer, "--salvage", "--index_dir", str(tmp_path / "indexes")])
+    output = capsys.readouterr().out
+    assert output.startswith("shards: ") and " samples in " in output and "\n  cut_" in output
+    assert len(list((tmp_path / "indexes").iterdir())) == len(list(shards.glob("pairs-*.tar")))
+    flags = [f"--gin_file={gin_file}", f"--gin.data.sources.pairs.shards={corpus}/train/pairs-*.tar", "--processes=1"]
+    cli.main(["data", "index", STAGE1, *flags])
+    assert capsys.readouterr().out.startswith("pairs: ")
+    assert "--tokenizer: needed" in command.fail(["data", "index", pattern, "--kind", "text"], capsys)
+    assert "--salvage: is for shards of a --kind" in command.fail(["data", "index", STAGE1, "--salvage"], capsys)
+
+
+def test_resume_with_other_data_says_which(
+    trained: Path, gin_file: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    shards = tmp_path / "shards"
+    shutil.copytree(corpus / "train", shards)
+    shutil.copy(
+        corpus / "heldout" / next(iter(sorted((corpus / "heldout").glob("scenes-*.tar")))).name, shards / "pairs-9.tar"
+    )
+    flags = (
+        *(f"--gin.data.sources.pairs.shards={shards}/pairs-*.tar", "--gin.train.num_steps=6"),
+        *("--gin.checkpoint.every_steps=2", "--allow_config_change=train.num_steps"),
+    )
+    other_path = (*flags, "--allow_config_change=data.sources.pairs.weight")
+    assert "data.sources.pairs.shards" in command.fail(train(workdir, gin_file, *other_path), capsys)
+    cli.main([str(a) for a in train(workdir, gin_file, *flags, "--allow_config_change=data.sources.pairs.shards")])
+    output = capsys.readouterr().out
+    assert "data.sources.pairs: its rows are not those of before; it breaks off epoch 0 and begins epoch 1" in output
+    lines = [json.loads(line) for line in (workdir / JSONL).read_text(encoding="utf-8").splitlines()]
+    assert lines[-1]["epoch/pairs"] == 1 and lines[-1]["samples/pairs"] > lines[0]["samples/pairs"]
+
+
+def test_shards_that_change_under_the_same_setting(
+    trained: Path, gin_file: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--gin.train.num_steps=6", "--gin.checkpoint.every_steps=2", "--allow_config_change=train.num_steps")
+    added = corpus / "train" / "pairs-999999.tar"
+    shutil.copy(sorted((corpus / "train").glob("pairs-*.tar"))[0], added)
+    try:
+        line = command.fail(train(trained, gin_file, *flags), capsys)
+    finally:
+        for path in added.parent.glob(f"{added.name}*"):
+            path.unlink()
+    assert line.startswith("emu2: data.sources.pairs.shards: is not the data that this run was trained on: ")
+    assert "--allow_config_change=data.sources.pairs.shards" in line
