@@ -22,7 +22,8 @@ from PIL import Image
 
 from data_pipelines.index_files import IndexRules, open_index
 from data_pipelines.pipeline import Pipeline, open_pipeline
-from data_pipelines.planning import BLOCK_SAMPLES, Anchor
+from data_pipelines.planning import BLOCK_SAMPLES
+from data_pipelines.position import saved_of
 from data_pipelines.shard_writer import ShardWriter
 from emu2_jax.config import DataConfig, SourceConfig
 from emu2_jax.tokenizer import Tokenizer
@@ -121,10 +122,11 @@ def _far_state(pipeline: Pipeline, samples: int) -> dict[str, Any]:
     block = -(-samples // BLOCK_SAMPLES) // 2
     first_row = 47_000 * EPOCH + 23_000
     state = pipeline.state(0)
-    state["sources"]["pairs"]["at"] = list(Anchor(EPOCH, block, first_row))
+    saved = saved_of(state)["pairs"]._replace(epoch=EPOCH, block=block, first_row=first_row)
+    state["sources"]["pairs"] = list(saved)
     pipeline.restore(state)
     rows = 0
-    while pipeline.state(first_row + rows + 100)["sources"]["pairs"]["at"][2] == first_row:
+    while saved_of(pipeline.state(first_row + rows + 100))["pairs"].first_row == first_row:
         rows += 100
     return pipeline.state(first_row + rows)
 

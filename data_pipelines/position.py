@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from data_pipelines.planning import START, Anchor
 from emu2_jax.errors import DataError
@@ -42,6 +42,25 @@ class Identity:
     samples: int
 
 
+class Saved(NamedTuple):
+    """Where a source stands before a step; a plain list in a checkpoint, so that many sources take little room."""
+
+    data: str  # as in `Identity`
+    rules: str
+    shards: int
+    samples: int
+    start: int  # rows before step `Position.since`
+    rows: int  # rows before the step
+    epoch: int  # of the block that the next row lies in, as are the next two; see `planning.Anchor`
+    block: int
+    first_row: int
+
+    @property
+    def anchor(self) -> Anchor:
+        """Where planning can begin."""
+        return Anchor(self.epoch, self.block, self.first_row)
+
+
 def digest(*parts: object) -> str:
     """Eight hexadecimal digits that change with any of the parts."""
     return hashlib.sha256("\0".join(map(repr, parts)).encode()).hexdigest()[:8]
@@ -70,7 +89,7 @@ class Position:
         self._tracks = tracks
         self._schedule = schedule  # digest of what decides whose turn it is
         self._tokenizer = tokenizer  # fingerprint, or "" where none is used
-        self._absent: dict[str, Any] = {}  # saved states of sources that are not used now
+        self._absent: dict[str, Saved] = {}  # saved states of sources that are not used now
         #: The step in which the schedule began; 0, or where its weights were changed.
         self.since = 0
 
@@ -85,11 +104,20 @@ class Position:
 
     def state(self, step: int, taken: Sequence[int]) -> dict[str, Any]:
         """The position before `step` (JSON); `taken` are the rows of each source from step `since` to there."""
-        sources = dict(self._absent)
+        sources: dict[str, list[str | int]] = {name: list(saved) for name, saved in self._absent.items()}
         for track, rows_since in zip(self._tracks, taken, strict=True):
             rows = track.start + rows_since
-            at = list(track.plan.anchor(rows))
-            sources[track.name] = {**vars(track.identity), "start": track.start, "rows": rows, "at": at}
+            identity = track.identity
+            saved = Saved(
+                identity.data,
+                identity.rules,
+                identity.shards,
+                identity.samples,
+                track.start,
+                rows,
+                *track.plan.anchor(rows),
+            )
+            sources[track.name] = list(saved)
         return {
             "version": STATE_VERSION,
             "step": step,
@@ -114,7 +142,7 @@ class Position:
         notes: list[str] = []
         if state["tokenizer"] != self._tokenizer:
             _check_allowed("data.tokenizer", "is not the tokenizer that this run was trained with", allowed)
-        saved_sources = state["sources"]
+        saved_sources = saved_of(state)
         for track in self._tracks:
             if track.name in saved_sources:
                 self._check_same_data(track, saved_sources[track.name], allowed, state["tokenizer"])
@@ -129,10 +157,10 @@ class Position:
                 track.plan.restart(START)
                 notes.append(f"data.sources.{track.name}: is new, and begins with its first epoch")
                 continue
-            track.start = saved["start"] if same_schedule else saved["rows"]
-            anchor = Anchor(*saved["at"])
-            if (saved["data"], saved["rules"]) != (track.identity.data, track.identity.rules):
-                anchor = Anchor(anchor.epoch + 1, 0, saved["rows"])
+            track.start = saved.start if same_schedule else saved.rows
+            anchor = saved.anchor
+            if (saved.data, saved.rules) != (track.identity.data, track.identity.rules):
+                anchor = Anchor(anchor.epoch + 1, 0, saved.rows)
                 notes.append(
                     f"data.sources.{track.name}: its rows are not those of before; it breaks off epoch "
                     f"{anchor.epoch - 1} and begins epoch {anchor.epoch}"
@@ -142,19 +170,22 @@ class Position:
         self._absent = {name: saved for name, saved in saved_sources.items() if name not in names}
         return notes
 
-    def _check_same_data(
-        self, track: Track, saved: Mapping[str, Any], allowed: Collection[str], saved_tokenizer: str
-    ) -> None:
+    def _check_same_data(self, track: Track, saved: Saved, allowed: Collection[str], saved_tokenizer: str) -> None:
         identity = track.identity
-        if saved["data"] == identity.data or saved_tokenizer != self._tokenizer:
+        if saved.data == identity.data or saved_tokenizer != self._tokenizer:
             return
-        was, now = (saved["samples"], saved["shards"]), (identity.samples, identity.shards)
+        was, now = (saved.samples, saved.shards), (identity.samples, identity.shards)
         if was == now:
             difference = f"{now[0]:,} samples in {now[1]} shards as before, but not the same ones or in another order"
         else:
             difference = f"{now[0]:,} samples in {now[1]} shards, was {was[0]:,} in {was[1]}"
         text = f"is not the data that this run was trained on: {difference}"
         _check_allowed(f"data.sources.{track.name}.shards", text, allowed)
+
+
+def saved_of(state: Mapping[str, Any]) -> dict[str, Saved]:
+    """What a state says of each source."""
+    return {name: Saved(*values) for name, values in state["sources"].items()}
 
 
 def _check_allowed(path: str, problem: str, allowed: Collection[str]) -> None:

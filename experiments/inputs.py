@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from data_pipelines.pipeline import ImageBatch, ImagePipeline, PackedBatch, Pipeline, open_image_pipeline, open_pipeline
+from data_pipelines.position import saved_of
 from data_pipelines.samples import SampleCounts
 from data_pipelines.streaming import StreamPipeline, is_stream, open_stream
 from emu2_jax.config import ExperimentConfig
@@ -88,7 +89,7 @@ class TrainingInput:
             raise DataError("checkpoint: holds no data position that this program reads; take another work directory")
         for line in self._pipeline.restore(state["position"], self._allowed_changes):
             self._say(line)
-        self._epochs = {name: source["at"][0] for name, source in state["position"]["sources"].items()}
+        self._epochs = {name: saved.epoch for name, saved in saved_of(state["position"]).items()}
         # The counts of the past are kept by the first host; their sum is what is saved.
         saved = state["counts"] if jax.process_index() == 0 else {}
         self._pipeline.counts.clear()

@@ -13,6 +13,7 @@ from tiny_shards import WORDS, WriteShard, picture
 from data_pipelines import pipeline as pipeline_module
 from data_pipelines.pipeline import ImagePipeline, PackedBatch, Pipeline, open_image_pipeline, open_pipeline
 from data_pipelines.planning import RowPlan
+from data_pipelines.position import Saved, saved_of
 from emu2_jax.config import DataConfig, SourceConfig
 from emu2_jax.errors import DataError
 from emu2_jax.tokenizer import Tokenizer
@@ -107,13 +108,20 @@ def test_a_restored_run_plans_only_where_it_is(sources: tuple[SourceConfig, ...]
     pipeline = _open(tokenizer, sources)
     batches = _take(pipeline, 40)
     state = _saved(pipeline)
-    assert state["sources"]["pairs"]["at"][0] >= 1
+    assert saved_of(state)["pairs"].epoch >= 1
     restored = _open(tokenizer, sources)
     restored.restore(state)
     assert _greys(_take(restored, 3)) == _greys(_take(pipeline, 3))
     with pytest.raises(ValueError, match="where it resumed"):
         restored.batch(0)
     assert len(batches) == 40
+
+
+def test_seven_sources_of_any_size_take_less_than_a_kilobyte() -> None:
+    state = {"version": 2, "step": 10**6, "since": 10**6, "schedule": "a" * 8, "tokenizer": "a" * 16}
+    largest = Saved("a" * 8, "a" * 8, 10**5, 10**9, 10**8, 10**9, 10, 10**5, 10**9)
+    state["sources"] = {f"source-{number}": list(largest) for number in range(7)}  # type: ignore[assignment]
+    assert len(json.dumps(state)) < 1000
 
 
 # --- other data -------------------------------------------------------------------------------------------------------
@@ -141,8 +149,7 @@ def test_a_shard_added_to_a_glob_stops_a_resumed_run(
     assert [batch.step for batch in batches[:2]] == [3, 4]
     epoch = [grey for batch in batches if batch.epochs.get("pairs") == 1 for grey in _greys([batch])]
     assert 200 in epoch and len(set(epoch)) > 80
-    texts = state["sources"]["texts"]
-    assert (1, texts["rows"]) in changed.rows_of_step(3)  # the other source goes on
+    assert (1, saved_of(state)["texts"].rows) in changed.rows_of_step(3)  # the other source goes on
 
 
 def test_samples_in_another_order_and_other_texts_are_noticed(
@@ -209,7 +216,7 @@ def test_a_source_that_was_left_out_goes_on_where_it_was(
 ) -> None:
     pipeline = _open(tokenizer, sources)
     _take(pipeline, 3)
-    rows = _saved(pipeline)["sources"]["texts"]["rows"]
+    rows = saved_of(_saved(pipeline))["texts"].rows
     alone = _open(tokenizer, sources[:1])
     alone.restore(_saved(pipeline))
     _take(alone, 3)
