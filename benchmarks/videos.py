@@ -19,8 +19,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from data_pipelines.images import squeeze
 from data_pipelines.order import uniforms
-from data_pipelines.samples import squeeze
 from data_pipelines.video import frame_numbers, sample_frames
 
 WIDTH, HEIGHT, FRAMES_PER_SECOND = 596, 336, 25

@@ -10,18 +10,20 @@ A video is `[VIDEO]` and then its sampled frames, each as an image: 1 + 2 x (2 +
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt8
+from jaxtyping import Bool, Int32, Int64
 
+from data_pipelines.embedding_store import EMBEDDINGS, EmbeddingStore
 from data_pipelines.grounding import decode_grounded, encode_grounded
+from data_pipelines.images import RELEASE_RULES, ImageRules, decode_image
 from data_pipelines.index import BadSample, SampleIndex
 from data_pipelines.kinds import SampleError
 from data_pipelines.order import stream_seed, uniforms
-from data_pipelines.samples import decode_image, read_part, read_text
+from data_pipelines.samples import read_part, read_text
 from data_pipelines.shards import ShardReader
 from data_pipelines.video import sample_frames
 from emu2_jax.config import DataConfig, SourceConfig
@@ -41,6 +43,7 @@ class DocumentRules:
     phrase_first_probability: float = 1.0  #: that a grounded phrase comes before its boxes
     images_per_document: int | None = None  #: images sampled from a document, each with its text; None = all
     video_frames: int | None = None  #: frames sampled from a video; None where what is seen are images
+    images: ImageRules = RELEASE_RULES  #: how files become pixels
 
     @classmethod
     def of(cls, config: DataConfig, source: SourceConfig, shape: RowShape) -> Self:
@@ -54,6 +57,7 @@ class DocumentRules:
             phrase_first_probability=config.phrase_first_probability,
             images_per_document=source.images_per_document,
             video_frames=source.video_frames if source.kind == "video_text" else None,
+            images=ImageRules.of(config),
         )
 
     @property
@@ -86,7 +90,7 @@ class Document:
 
     tokens: Int32[np.ndarray, " T"]
     is_visual: Bool[np.ndarray, " T"]
-    images: Sequence[UInt8[np.ndarray, "S S 3"]]
+    images: Sequence[np.ndarray]  # uint8 [S S 3], or embeddings [N E] that were worked out beforehand
 
 
 def order_parts(index: SampleIndex, sample: int, rules: DocumentRules, seed: int) -> list[int]:
@@ -187,14 +191,42 @@ def _sampled_sizes(
     return tokens.astype(np.int64), np.minimum(num_images, count)
 
 
-def read_document(
+def read_texts(
     index: SampleIndex, reader: ShardReader, tokenizer: Tokenizer, sample: int, plan: Outline, rules: DocumentRules
+) -> dict[int, list[int] | SampleError]:
+    """Token ids of every text part of a document, by the number of the part, or why there are none.
+
+    Apart from the images, because a picture empties the processor's caches: encoding a caption between two pictures
+    takes four times as long as encoding it after another caption.
+    """
+    texts: dict[int, list[int] | SampleError] = {}
+    for part in plan.parts:
+        if not index.is_image[part]:
+            try:
+                texts[part] = _text_tokens(index, reader, tokenizer, sample, part, plan.seed, rules)
+            except SampleError as error:
+                texts[part] = error
+    return texts
+
+
+def read_document(
+    index: SampleIndex,
+    reader: ShardReader,
+    tokenizer: Tokenizer,
+    sample: int,
+    plan: Outline,
+    rules: DocumentRules,
+    texts: Mapping[int, list[int] | SampleError] | None = None,
+    store: EmbeddingStore | None = None,
 ) -> tuple[Document | None, list[BadSample]]:
-    """Reads and decodes a sample into its document, and lists what could not be used.
+    """Reads and decodes a sample into its document, and lists what could not be used; `texts` may have been read.
+
+    With a `store`, embeddings stand in the places of the images.
 
     An interleaved document whose image cannot be used goes on without it; in every other case, and when nothing is
     left, there is no document. Raises nothing for what lies within the sample.
     """
+    texts = read_texts(index, reader, tokenizer, sample, plan, rules) if texts is None else texts
     tokens = [tokenizer.bos_id]
     first_visual: list[int] = []
     images: list[np.ndarray] = []
@@ -202,9 +234,9 @@ def read_document(
     for part, positions in zip(plan.parts, plan.positions, strict=True):
         try:
             if not index.is_image[part]:
-                tokens += _text_tokens(index, reader, tokenizer, sample, part, plan.seed, rules)[:positions]
+                tokens += _taken(texts[part])[:positions]
             elif rules.video_frames is None:
-                images.append(decode_image(read_part(reader, index, sample, part), rules.image_size))
+                images.append(_image(index, reader, sample, part, rules, store))
                 first_visual.append(len(tokens) + 1)
                 tokens += _image_tokens(tokenizer, tokenizer.image_id, rules.visual_tokens)
             else:
@@ -226,6 +258,25 @@ def read_document(
     for first in first_visual:
         is_visual[first : first + rules.visual_tokens] = True
     return Document(np.array(tokens, np.int32), is_visual, images), bad
+
+
+def _image(
+    index: SampleIndex,
+    reader: ShardReader,
+    sample: int,
+    part: int,
+    rules: DocumentRules,
+    store: EmbeddingStore | None,
+) -> np.ndarray:
+    if store is not None:
+        return store.read(sample, part)[EMBEDDINGS]
+    return decode_image(read_part(reader, index, sample, part), rules.image_size, rules.images)
+
+
+def _taken(text: list[int] | SampleError) -> list[int]:
+    if isinstance(text, SampleError):
+        raise text
+    return text
 
 
 def _image_tokens(tokenizer: Tokenizer, placeholder: int, visual_tokens: int) -> list[int]:

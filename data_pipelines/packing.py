@@ -142,6 +142,7 @@ def write_document(
     batch["loss_weights"][row, span] = 1.0
     first, count = slot * shape.visual_tokens, len(document.images) * shape.visual_tokens
     batch["visual_index"][row, span][document.is_visual] = np.arange(first, first + count)
+    images = batch["images" if shape.embedding_width is None else "embeddings"]
     for i, image in enumerate(document.images, start=slot):
-        batch["images"][row, i] = image
+        images[row, i] = image
         batch["image_mask"][row, i] = True

@@ -11,18 +11,21 @@ import abc
 import collections
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import grain
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 
 from data_pipelines import samples as samples_
+from data_pipelines.embedding_store import EMBEDDINGS, LATENT, TIME_IDS, EmbeddingStore, Settings
+from data_pipelines.images import RELEASE_RULES, Crop, ImageRules, decode_crop, decode_image
 from data_pipelines.index import BadSample, SampleIndex, scan_shard
 from data_pipelines.index_files import IndexRules, open_index
-from data_pipelines.interleave import DocumentRules, measure, outline, read_document
+from data_pipelines.interleave import DocumentRules, measure, outline, read_document, read_texts
 from data_pipelines.kinds import SampleError
 from data_pipelines.order import Schedule, stream_seed, uniforms
 from data_pipelines.packing import write_document
@@ -33,7 +36,7 @@ from data_pipelines.samples import SampleCounts
 from data_pipelines.shards import ShardReader, expand_shards
 from emu2_jax.config import DataConfig, SourceConfig
 from emu2_jax.errors import ConfigError, DataError
-from emu2_jax.sequence import RowShape, empty_batch
+from emu2_jax.sequence import RowShape, clear_empty_slots, empty_batch
 from emu2_jax.tokenizer import Tokenizer
 
 _LAST_STEP = 1 << 60  # streams do not end
@@ -90,6 +93,16 @@ class _Stream(abc.ABC, Generic[_Batch]):
         self._next_step = 0
         #: Samples handed out so far and the bad ones among them, on this host, by source.
         self.counts: collections.defaultdict[str, SampleCounts] = collections.defaultdict(SampleCounts)
+        #: Batches that lay ready when the last one was asked for: 0 again and again means that the reader is too slow.
+        self.queue_depth = 0
+        self._num_built = 0
+        self._built = threading.Lock()
+
+    def _build(self, step: int) -> _Batch:
+        batch = self.batch(step)
+        with self._built:
+            self._num_built += 1
+        return batch
 
     @abc.abstractmethod
     def batch(self, step: int) -> _Batch:
@@ -113,11 +126,15 @@ class _Stream(abc.ABC, Generic[_Batch]):
         ahead = self._config.prefetch_batches if self._config.read_threads else 0
         options = grain.ReadOptions(num_threads=min(self._config.read_threads, ahead), prefetch_buffer_size=ahead)
         steps = grain.MapDataset.range(start_step, _LAST_STEP)
-        batches = iter(steps.map(self.batch).to_iter_dataset(options))
+        batches = iter(steps.map(self._build).to_iter_dataset(options))
+        taken = self._num_built
         try:
             # A batch is one element of the chain, so that its content cannot depend on the threads. After an error
             # Grain would go on with the next element; the error leaves this generator and so ends it.
-            for batch in batches:
+            while True:
+                self.queue_depth = self._num_built - taken
+                batch = next(batches)
+                taken += 1
                 self._count(batch)
                 self._next_step = batch.step + 1
                 yield batch
@@ -165,10 +182,12 @@ class _PackedSource:
         tokenizer: Tokenizer,
         shape: RowShape,
         remote: RemoteFiles,
+        store: EmbeddingStore | None,
     ) -> None:
         self.name = source.name
         self.index = index
         self.shape = shape
+        self.store = store
         self._reader = ShardReader(index.paths, remote=remote)
         self._tokenizer = tokenizer
         rules = self._rules = DocumentRules.of(config, source, shape)
@@ -193,6 +212,11 @@ class _PackedSource:
             samples=len(index),
         )
 
+    @property
+    def rules(self) -> DocumentRules:
+        """What decides the shape of its documents."""
+        return self._rules
+
     def fill_row(
         self, fields: Mapping[str, np.ndarray], row: int, samples: Sequence[int], order_seed: int
     ) -> tuple[int, int, list[BadSample]]:
@@ -209,10 +233,15 @@ class _PackedSource:
                 (int(index.shards[sample]), int(index.offsets[part]), int(index.sizes[part]))
                 for sample, plan in zip(samples, plans, strict=True)
                 for part in plan.parts
+                if self.store is None or not index.is_image[part]
             ]
         )
-        for sample, plan in zip(samples, plans, strict=True):
-            document, unusable = read_document(index, reader, self._tokenizer, sample, plan, self._rules)
+        parts_of_data = (index, reader, self._tokenizer)
+        texts = [
+            read_texts(*parts_of_data, sample, plan, self._rules) for sample, plan in zip(samples, plans, strict=True)
+        ]
+        for sample, plan, ids in zip(samples, plans, texts, strict=True):
+            document, unusable = read_document(*parts_of_data, sample, plan, self._rules, ids, self.store)
             bad += [dataclasses.replace(one, source=self.name) for one in unusable]
             if document is not None:
                 num_documents += 1
@@ -255,6 +284,21 @@ class Pipeline(_Stream[PackedBatch]):
         self._hosts, self._host = hosts, host
 
     @property
+    def indexes(self) -> dict[str, SampleIndex]:
+        """The index of each source."""
+        return {source.name: source.index for source in self._sources}
+
+    @property
+    def stores(self) -> dict[str, EmbeddingStore]:
+        """The embeddings of the sources that have them."""
+        return {source.name: source.store for source in self._sources if source.store is not None}
+
+    def measure(self, name: str, samples: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and images that the documents of some samples of source `name` take, from the index alone."""
+        source = next(source for source in self._sources if source.name == name)
+        return measure(source.index, samples, source.rules, self._config.seed)
+
+    @property
     def row_shapes(self) -> dict[str, tuple[int, RowShape]]:
         """Global rows of a step and shape of a row, by the source of the step ("mixed" where a step has them all).
 
@@ -294,7 +338,7 @@ class Pipeline(_Stream[PackedBatch]):
         """The packed rows of a step on this host. Raises `DataError` when a shard cannot be read."""
         rows = self.rows_of_step(step)
         shape = self._sources[rows[0][0]].shape
-        fields = empty_batch(len(rows), shape, self._pad_id)
+        fields = empty_batch(len(rows), shape, self._pad_id, clear_slots=False)
         epochs: dict[str, int] = {}
         samples: collections.Counter[str] = collections.Counter()
         bad: list[BadSample] = []
@@ -308,15 +352,24 @@ class Pipeline(_Stream[PackedBatch]):
             num_documents += documents
             num_cut += cut
             bad += unusable
+        clear_empty_slots(fields)
         names = tuple(self._sources[number].name for number, _ in rows)
         return PackedBatch(step, fields, names, epochs, dict(samples), num_documents, num_cut, tuple(bad))
 
 
 def open_pipeline(
-    config: DataConfig, *, visual_tokens: int, image_size: int, tokenizer: Tokenizer, hosts: int = 1, host: int = 0
+    config: DataConfig,
+    *,
+    visual_tokens: int,
+    image_size: int,
+    tokenizer: Tokenizer,
+    hosts: int = 1,
+    host: int = 0,
+    store_settings: Settings | None = None,
 ) -> Pipeline:
     """Opens every source of `config`, building indexes that are missing, for rows with N = `visual_tokens`.
 
+    `store_settings` are those that the embeddings of a source must have been made with, where it names any.
     Host number `host` of `hosts` gets its contiguous share of every global batch. Raises `ConfigError` for settings
     that do not go together and `DataError` for missing, cut or foreign shards, before anything is trained.
     """
@@ -324,13 +377,15 @@ def open_pipeline(
     shapes = {}
     rows = {}
     for source in _used(config):
-        shapes[source.name] = _row_shape(config, source, visual_tokens, image_size)
+        shape = _row_shape(config, source, visual_tokens, image_size)
+        shapes[source.name] = _with_embeddings(config, source, shape, store_settings)
         rows[source.name] = _rows_of_source(config, source, hosts)
     remote = _remote_files(config)
     sources = []
     for source in _used(config):
         index = open_source(config, source, tokenizer)
-        sources.append(_PackedSource(config, source, index, tokenizer, shapes[source.name], remote))
+        store = _open_store(source, index, store_settings)
+        sources.append(_PackedSource(config, source, index, tokenizer, shapes[source.name], remote, store))
     return Pipeline(config, sources, rows=rows, tokenizer=tokenizer, remote=remote, hosts=hosts, host=host)
 
 
@@ -392,6 +447,38 @@ def _check_video(source: SourceConfig, slots: int, room: int, visual_tokens: int
     needed = 3 + frames * (visual_tokens + 2)  # <s> [VIDEO] ... </s>
     if room < needed:
         raise ConfigError(f"{path}: {frames} frames take {needed} positions; a document has {room}")
+
+
+def _with_embeddings(
+    config: DataConfig, source: SourceConfig, shape: RowShape, store_settings: Settings | None
+) -> RowShape:
+    """The shape of a row whose slots hold embeddings, if they do. The rows of one batch have one shape."""
+    stored = [one.name for one in _used(config) if one.embeddings is not None]
+    pixels = [one.name for one in _used(config) if one.embeddings is None and one.kind != "text"]
+    if config.mixing == "mixed" and stored and pixels:
+        raise ConfigError(
+            f"data.sources.{pixels[0]}.embeddings: not set, while {stored[0]} has them; in a mixed batch every source "
+            "of images has embeddings or none has (or take data.mixing = one_source_per_step)"
+        )
+    if config.mixing == "mixed" or source.kind == "text":
+        embedded = bool(stored) and not pixels  # the empty slots of a text need no encoder either
+    else:
+        embedded = source.embeddings is not None
+    width = int(_needed(store_settings, stored[0])["width"]) if embedded else None
+    return dataclasses.replace(shape, embedding_width=width)
+
+
+def _needed(settings: Settings | None, source: str) -> Settings:
+    if settings is None:
+        raise ConfigError(f"data.sources.{source}.embeddings: this command reads pixels; unset it")
+    return settings
+
+
+def _open_store(source: SourceConfig, index: SampleIndex, store_settings: Settings | None) -> EmbeddingStore | None:
+    if source.embeddings is None:
+        return None
+    path = f"data.sources.{source.name}.embeddings"
+    return EmbeddingStore(source.embeddings, index, _needed(store_settings, source.name), path)
 
 
 def _rows_of_source(config: DataConfig, source: SourceConfig, hosts: int) -> int:
@@ -459,6 +546,7 @@ class ImagePipeline(_Stream[ImageBatch]):
         self,
         config: DataConfig,
         sources: Sequence[tuple[str, SampleIndex]],
+        stores: Mapping[str, EmbeddingStore],
         weights: Sequence[float],
         *,
         image_size: int,
@@ -483,11 +571,18 @@ class ImagePipeline(_Stream[ImageBatch]):
         )
         super().__init__(config, position, remote)
         self._sources = [(name, index, ShardReader(index.paths, remote=remote)) for name, index in sources]
+        #: The embeddings and latents of the sources, of all or of none.
+        self.stores = stores
         self._schedule = Schedule(weights)
         self._image_size = image_size
         self._batch_images = batch_images
         self._random_scale_max = random_scale_max
         self._share = _slice(batch_images, hosts, host)
+
+    @property
+    def indexes(self) -> dict[str, SampleIndex]:
+        """The index of each source."""
+        return {name: index for name, index, _ in self._sources}
 
     @property
     def summary(self) -> dict[str, dict[str, int]]:
@@ -497,28 +592,32 @@ class ImagePipeline(_Stream[ImageBatch]):
     def _rows_in(self, steps: int, source: int) -> int:
         return self._schedule.turns_before(steps * self._batch_images, source)
 
+    def first_crop(self, name: str, sample: int) -> Crop:
+        """The crop of a sample of source `name` in the first epoch. Raises `SampleError`."""
+        number = next(i for i, source in enumerate(self._sources) if source[0] == name)
+        return self._crop(number, self._sources[number][2], 0, sample)
+
     def _sample(self, turn: int) -> tuple[int, int, int]:
         """Source, epoch and sample of image number `turn` of the schedule."""
         source = self._schedule.source(turn)
         number = self._position.start(source) + self._schedule.turns_before(turn, source)
         return source, *self._orders[source].locate(number)
 
-    def _crop(self, source: int, reader: ShardReader, epoch: int, sample: int) -> samples_.Crop:
+    def _crop(self, source: int, reader: ShardReader, epoch: int, sample: int) -> Crop:
         name, index, _ = self._sources[source]
         part = _image_part(index, sample)
         data = samples_.read_part(reader, index, sample, part)
         seeds = [stream_seed(self._config.seed, name, epoch, draw) for draw in ("scale", "top", "left")]
         scale, top, left = (float(uniforms(seed, np.array([sample]))[0]) for seed in seeds)
-        return samples_.decode_crop(data, self._image_size, 1 + scale * (self._random_scale_max - 1), top, left)
+        factor = 1 + scale * (self._random_scale_max - 1)
+        return decode_crop(data, self._image_size, factor, top, left, ImageRules.of(self._config))
 
     def batch(self, step: int) -> ImageBatch:
-        """The crops of a step on this host; an image that cannot be used is zeros with weight 0."""
-        size = self._image_size
-        fields: dict[str, np.ndarray] = {
-            "images": np.zeros((len(self._share), size, size, 3), np.uint8),
-            "time_ids": np.zeros((len(self._share), 6), np.int32),
-            "weight": np.zeros(len(self._share), np.float32),
-        }
+        """The crops of a step on this host; an image that cannot be used is zeros with weight 0.
+
+        Where they were encoded beforehand, embeddings and latents of the first epoch's crops stand in for the pixels.
+        """
+        fields = self._empty_fields()
         names: list[str] = []
         epochs: dict[str, int] = {}
         bad: list[BadSample] = []
@@ -531,21 +630,44 @@ class ImagePipeline(_Stream[ImageBatch]):
             names.append(name)
             epochs[name] = max(epoch, epochs.get(name, 0))
             try:
-                crop = self._crop(source, readers[source], epoch, sample)
+                values = self._values(source, readers[source], epoch, sample)
             except SampleError as error:
                 found = index.bad_sample(sample, _image_part(index, sample), error)
                 bad.append(dataclasses.replace(found, source=name))
                 continue
-            fields["images"][i], fields["time_ids"][i], fields["weight"][i] = crop.image, crop.time_ids, 1.0
-            num_upscaled += crop.upscaled
+            for field, value in values.items():
+                fields[field][i] = value
+            fields["weight"][i] = 1.0
+            num_upscaled += int(min(values["time_ids"][:2]) < self._image_size)
         samples = dict(collections.Counter(names))
         return ImageBatch(step, fields, tuple(names), epochs, samples, num_upscaled, tuple(bad))
 
     def _gather(self, source: int, drawn: Sequence[tuple[int, int, int]]) -> ShardReader:
         _, index, reader = self._sources[source]
-        parts = [(sample, _image_part(index, sample)) for number, _, sample in drawn if number == source]
+        parts = [(s, _image_part(index, s)) for number, _, s in drawn if number == source and not self.stores]
         ranges = [(int(index.shards[s]), int(index.offsets[part]), int(index.sizes[part])) for s, part in parts]
         return reader.gather(ranges)
+
+    def _empty_fields(self) -> dict[str, np.ndarray]:
+        count, size = len(self._share), self._image_size
+        sizes = {"time_ids": np.zeros((count, 6), np.int32), "weight": np.zeros(count, np.float32)}
+        if not self.stores:
+            return {"images": np.zeros((count, size, size, 3), np.uint8), **sizes}
+        members = {member.suffix: member for member in next(iter(self.stores.values())).members}
+        stored = {
+            field: np.zeros((count, *members[suffix].shape), members[suffix].numpy_dtype)
+            for field, suffix in (("embeddings", EMBEDDINGS), ("latents", LATENT))
+        }
+        return {**stored, **sizes}
+
+    def _values(self, source: int, reader: ShardReader, epoch: int, sample: int) -> dict[str, np.ndarray]:
+        """What an image puts into the fields of a batch."""
+        name, index, _ = self._sources[source]
+        if not self.stores:
+            crop = self._crop(source, reader, epoch, sample)
+            return {"images": crop.image, "time_ids": crop.time_ids}
+        record = self.stores[name].read(sample, _image_part(index, sample))
+        return {"embeddings": record[EMBEDDINGS], "latents": record[LATENT], "time_ids": record[TIME_IDS]}
 
 
 def open_image_pipeline(
@@ -557,6 +679,7 @@ def open_image_pipeline(
     tokenizer: Tokenizer | None = None,
     hosts: int = 1,
     host: int = 0,
+    store_settings: Settings | None = None,
 ) -> ImagePipeline:
     """Opens the image-text sources of `config` for the visual decoder; sources of other kinds are left aside.
 
@@ -574,9 +697,19 @@ def open_image_pipeline(
     if random_scale_max < 1:
         raise ConfigError(f"decoder.random_scale_max: got {random_scale_max:g}; wanted 1 or more")
     used = [source for source in pairs if source.weight > 0]
+    if len({source.embeddings is None for source in used}) > 1:
+        without = next(source.name for source in used if source.embeddings is None)
+        raise ConfigError(f"data.sources.{without}.embeddings: not set; of the decoder's sources all have them or none")
+    indexes = {source.name: open_source(config, source, tokenizer) for source in used}
+    stores: dict[str, EmbeddingStore] = {}
+    for source in used:
+        settings = store_settings and {**store_settings, "source": source.name}
+        store = _open_store(source, indexes[source.name], settings)
+        stores |= {} if store is None else {source.name: store}
     return ImagePipeline(
         config,
-        [(source.name, open_source(config, source, tokenizer)) for source in used],
+        list(indexes.items()),
+        stores,
         [source.weight for source in used],
         image_size=image_size,
         batch_images=batch_images,
@@ -594,7 +727,11 @@ def _image_part(index: SampleIndex, sample: int) -> int:
 
 
 def read_pairs(
-    pattern: str, image_size: int, num: int, config_path: str = "evaluation.scenes"
+    pattern: str,
+    image_size: int,
+    num: int,
+    config_path: str = "evaluation.scenes",
+    images: ImageRules = RELEASE_RULES,
 ) -> list[tuple[str, UInt8[np.ndarray, "S S 3"], str]]:
     """Key, image and caption of the first `num` image-text pairs of the shards, in their order; fewer if there are.
 
@@ -609,17 +746,19 @@ def read_pairs(
             raise DataError(str(index.bad[0]))
         reader = ShardReader(index.paths)
         for sample in range(min(len(index), num - len(pairs))):
-            pairs.append(_read_pair(index, reader, sample, image_size))
+            pairs.append(_read_pair(index, reader, sample, image_size, images))
         reader.close()
     return pairs
 
 
-def _read_pair(index: SampleIndex, reader: ShardReader, sample: int, image_size: int) -> tuple[str, np.ndarray, str]:
+def _read_pair(
+    index: SampleIndex, reader: ShardReader, sample: int, image_size: int, images: ImageRules
+) -> tuple[str, np.ndarray, str]:
     part = int(index.starts[sample])
     try:
         caption = samples_.read_text(reader, index, sample, part)
         part = _image_part(index, sample)
-        image = samples_.decode_image(samples_.read_part(reader, index, sample, part), image_size)
+        image = decode_image(samples_.read_part(reader, index, sample, part), image_size, images)
     except SampleError as error:
         raise DataError(str(index.bad_sample(sample, part, error))) from error
     return index.key(sample), image, caption

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from data_pipelines.embedding_store import EmbeddingStore
 from data_pipelines.index import BadSample, SampleIndex, index_members, split_name
 from data_pipelines.interleave import DocumentRules, measure, outline, read_document
 from data_pipelines.order import shuffled, stream_seed
@@ -114,6 +115,8 @@ class StreamPipeline:
         #: Samples handed out so far and the bad ones among them, on this host, by source.
         self.counts: collections.defaultdict[str, SampleCounts] = collections.defaultdict(SampleCounts)
         self.read_retries = 0  # a pipe cannot be read again
+        self.queue_depth = 0  # nothing is read ahead
+        self.stores: dict[str, EmbeddingStore] = {}
 
     @property
     def summary(self) -> dict[str, dict[str, int]]:
@@ -254,6 +257,8 @@ def open_stream(
         )
     source = used[0]
     path = f"data.sources.{source.name}.shards"
+    if source.embeddings is not None:
+        raise ConfigError(f"data.sources.{source.name}.embeddings: is for shards that are indexed, not for a stream")
     commands = expand_braces(source.shards.removeprefix(PIPE))[host::hosts]
     if not commands:
         raise ConfigError(f"{path}: has fewer streams than there are hosts, {hosts}")

@@ -10,8 +10,8 @@ import av
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
+from data_pipelines.images import MAX_PIXELS, squeeze
 from data_pipelines.kinds import SampleError
-from data_pipelines.samples import MAX_PIXELS, squeeze
 
 av.logging.set_level(av.logging.PANIC)  # FFmpeg writes of damaged files to stderr; here they are counted
 

@@ -111,6 +111,7 @@ class SourceConfig:
     caption: str = "txt"  #: of image_text and video_text: suffix of the text's member, or json.FIELD of its .json
     video_frames: int = 8  #: of video_text: frames sampled from each video (paper: 8)
     images_per_document: int | None = None  #: of interleaved: images sampled, each with its text; None = all (MMC4: 8)
+    embeddings: str | None = None  #: directory that `emu2 encode` wrote for these shards, read in place of pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,8 @@ class DataConfig:
     image_first_probability: float = 0.5  #: image before its text (paper stage 2: 0.5; captioning: 1)
     phrase_first_probability: float = 0.7  #: of grounded: phrase before its boxes (paper: 0.7, **open** which way)
     max_document_positions: int | None = None  #: documents are cut here; None = row_length
+    image_decoding: Literal["faithful", "fast"] = "faithful"  #: JPEGs in full; or by halves, not below the target
+    apply_exif_orientation: bool = False  #: **open**; turn pictures as their EXIF says (release: no)
     packing_pool: int = 256  #: samples among which the packer chooses
     shuffle_window: int | None = None  #: samples that change places with each other; None = all of an epoch
     shuffle_run: int = 16  #: with shuffle_window: neighbouring samples that go into a window together
@@ -341,6 +344,16 @@ def _validate_data(config: ExperimentConfig) -> None:
         _require(rows is None or rows >= 1, f"{path}.batch_rows", "must be at least 1")
         _validate_source(config, source, path)
         _require(source.kind == "text" or slots > 0, f"{path}.image_slots", "must be positive for a kind with images")
+        _require(
+            source.embeddings is None or "visual_encoder" in config.optimizer.frozen,
+            f"{path}.embeddings",
+            "needs visual_encoder in optimizer.frozen: what is stored cannot follow an encoder that trains",
+        )
+        _require(
+            source.embeddings is None or source.kind in ("image_text", "interleaved", "grounded"),
+            f"{path}.embeddings",
+            f"is for sources of images that stay the same from epoch to epoch; {source.kind} has none",
+        )
         own_rows = source.batch_rows is not None or source.image_slots is not None
         _require(
             data.mixing == "one_source_per_step" or not own_rows,

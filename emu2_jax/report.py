@@ -85,6 +85,7 @@ class Stage:
     trained: tuple[str, ...] = ()  #: parts with gradients
     frozen: tuple[str, ...] = ()
     data: tuple[str, ...] = ()  #: names of sources
+    images: str = ""  #: how their files became pixels
     steps: int | None = None
     wall_s: float | None = None
     parameters: Mapping[str, int] = dataclasses.field(default_factory=dict)  #: part -> count
@@ -267,10 +268,13 @@ def write_report(run_dir: Path) -> Path:
 
     Raises `UserError` when metrics.json is missing or when any of the files cannot be understood.
     """
-    template = _environment().get_template("report.html.jinja")
-    page = template.render(_page(run_dir))
-    path = run_dir / "report.html"
-    partial = path.with_suffix(".html.partial")
+    template = page_environment().get_template("report.html.jinja")
+    return write_page(run_dir / "report.html", template.render(_page(run_dir)))
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Writes a page in one piece or not at all."""
+    partial = path.with_name(path.name + ".partial")
     partial.write_text(page, encoding="utf-8")
     os.replace(partial, path)
     return path
@@ -329,9 +333,10 @@ def _page(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _environment() -> jinja2.Environment:
+def page_environment(*folders: Path) -> jinja2.Environment:
+    """Templates of pages with the report's look (`page.css.jinja`), also those in `folders`."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

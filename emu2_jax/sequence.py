@@ -24,6 +24,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 
@@ -35,6 +36,7 @@ class RowShape:
     image_slots: int  #: M, images
     visual_tokens: int  #: N, positions that an image takes
     image_size: int  #: pixels, side of a slot's square image
+    embedding_width: int | None = None  #: E, where slots hold embeddings worked out beforehand in place of images
 
 
 #: The fields of a batch of B packed rows: name -> (dtype, shape in the letters B L M S; S = image_size).
@@ -52,19 +54,39 @@ FIELDS: Mapping[str, tuple[type, str]] = {
     "image_mask": (np.bool_, "B M"),  # the slot holds an image
 }
 
+#: In place of `images` where they were encoded beforehand (`RowShape.embedding_width`).
+EMBEDDINGS: tuple[type, str] = (ml_dtypes.bfloat16, "B M N E")  # what the encoder gives, pooled; zeros in empty slots
+
+SLOT_FIELDS = frozenset({"images", "embeddings"})  #: what is in the slots
+
 Batch = Mapping[str, Any]  # FIELDS as numpy or jax arrays
 
 
 def batch_shapes(rows: int, shape: RowShape) -> dict[str, tuple[tuple[int, ...], type]]:
     """Shape and dtype of every field of a batch of `rows` packed rows."""
     sizes = {"B": rows, "L": shape.length, "M": shape.image_slots, "S": shape.image_size, "3": 3}
-    return {name: (tuple(sizes[axis] for axis in axes.split()), dtype) for name, (dtype, axes) in FIELDS.items()}
+    fields = dict(FIELDS)
+    if shape.embedding_width is not None:
+        del fields["images"]
+        fields["embeddings"] = EMBEDDINGS
+        sizes |= {"N": shape.visual_tokens, "E": shape.embedding_width}
+    return {name: (tuple(sizes[axis] for axis in axes.split()), dtype) for name, (dtype, axes) in fields.items()}
 
 
-def empty_batch(rows: int, shape: RowShape, pad_id: int) -> dict[str, np.ndarray]:
-    """A batch of padding only, to be filled in place."""
+def empty_batch(rows: int, shape: RowShape, pad_id: int, *, clear_slots: bool = True) -> dict[str, np.ndarray]:
+    """A batch of padding only, to be filled in place.
+
+    Without `clear_slots` the slots hold anything until they are filled or `clear_empty_slots` is called: most of a
+    batch's bytes are images, and need not be written twice.
+    """
     batch: dict[str, np.ndarray] = {}
     for name, (dims, dtype) in batch_shapes(rows, shape).items():
-        batch[name] = np.zeros(dims, dtype)
+        batch[name] = np.zeros(dims, dtype) if clear_slots or name not in SLOT_FIELDS else np.empty(dims, dtype)
     batch["tokens"][:] = pad_id
     return batch
+
+
+def clear_empty_slots(batch: Mapping[str, np.ndarray]) -> None:
+    """Zeros in the slots that hold no image."""
+    for name in SLOT_FIELDS & batch.keys():
+        batch[name][~batch["image_mask"]] = 0

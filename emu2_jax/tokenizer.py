@@ -221,6 +221,10 @@ class Tokenizer:
                 return words or chars
             chars = max(1, min((words or chars) - 1, int((words or chars) * max_tokens / num_ids)))
 
+    def piece(self, token: int) -> str:
+        """A token as the model file spells it ("▁cat": with the space before it), a special token by its name."""
+        return self._names.get(token) or self._pieces.IdToPiece(token)
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids; `<s>`, `</s>` and special tokens are shown by name, with spaces around them, or skipped.
 

@@ -171,13 +171,13 @@ def initial_state(program: Program, config: ExperimentConfig, say: Callable[[str
     if not parts:
         raise CheckpointError(f"train.init_from: {workdir} holds none of the parts {sorted(state['params'])}")
     wanted = {part: program.abstract_state["params"][part] for part in parts}
-    state["params"] = {**state["params"], **load_parts(workdir, wanted, _fit)}
+    state["params"] = {**state["params"], **load_parts(workdir, wanted, fit_parameter)}
     fresh = sorted(set(state["params"]) - parts)
     say(f"took {', '.join(sorted(parts))} from {workdir}; " + (f"new: {', '.join(fresh)}" if fresh else "nothing new"))
     return state
 
 
-def _fit(path: str, saved: Array, shape: tuple[int, ...]) -> Array | None:
+def fit_parameter(path: str, saved: Array, shape: tuple[int, ...]) -> Array | None:
     """The one parameter whose shape may change between stages: the encoder reads larger images in stage 1b."""
     if path == "visual_encoder/position_embedding" and saved.shape[1] == shape[1]:
         return resize_position_embedding(saved, shape[0])
@@ -193,16 +193,17 @@ def train(
     *,
     operative_config: str,
     say: Callable[[str], None],
+    inspect: Callable[[Params], None] = lambda params: None,
 ) -> Params:
     """Train to `train.num_steps`, from the newest checkpoint of `workdir` if there is one. Returns the parameters.
 
     `program` is what `build_program` made of task and config. Raises `Diverged` when a loss is not finite, and
-    `Stopped` after SIGTERM or Ctrl-C, with the state saved.
+    `Stopped` after SIGTERM or Ctrl-C, with the state saved. `inspect` is shown the parameters before the first step.
     """
     checkpointer = Checkpointer(workdir, config.checkpoint, say)
     try:
         with StopSignal() as stop:
-            return _train(config, program, task, data, workdir, checkpointer, stop, operative_config, say)
+            return _train(config, program, task, data, workdir, checkpointer, stop, operative_config, say, inspect)
     finally:
         checkpointer.close()
 
@@ -217,6 +218,7 @@ def _train(
     stop: StopSignal,
     operative_config: str,
     say: Callable[[str], None],
+    inspect: Callable[[Params], None],
 ) -> Params:
     num_steps = config.train.num_steps
     restored = checkpointer.restore(program.abstract_state)
@@ -231,6 +233,7 @@ def _train(
         say(f"{config.name} is finished: {start} steps in {workdir}")
         return state["params"]
 
+    inspect(state["params"])
     place = BatchPlacer(program.mesh)
     batches = data.iterate(start)
     with MetricWriter(workdir, start_step=start, num_steps=num_steps, title=config.name) as writer:
@@ -273,7 +276,8 @@ class Monitor:
         self._task = task
         self._writer = writer
         self._last_checkpoint = last_checkpoint
-        self._pending: tuple[int, dict[str, Any], HostBatch, float] | None = None
+        self._pending: tuple[int, dict[str, Any], HostBatch] | None = None
+        self._waits_s: list[float] = []  # of the steps since the last line, so that no stall falls between two lines
         self._schedule = optimizer_lib.relative_schedule(config.optimizer, config.train.num_steps)
         self._last_time = time.perf_counter()
         self._flops_of_shape: dict[Any, int] = {}
@@ -281,13 +285,14 @@ class Monitor:
     def push(self, step: int, log: dict[str, Any], batch: HostBatch, waited_s: float) -> None:
         """Take over the (still computing) numbers of `step`; look at those of the step before."""
         self.flush()
-        self._pending = (step, log, batch, waited_s)
+        self._pending = (step, log, batch)
+        self._waits_s.append(waited_s)
 
     def flush(self) -> None:
         """Wait for the pending step, check it and log it."""
         if self._pending is None:
             return
-        step, log, batch, waited_s = self._pending
+        step, log, batch = self._pending
         self._pending = None
         values = self._values(jax.device_get(log))
         self._check_finite(step, values)
@@ -301,10 +306,12 @@ class Monitor:
             values |= {
                 "learning_rate": self._config.optimizer.learning_rate * float(self._schedule(step - 1)),
                 "step_s": step_s,
-                "data_wait_s": waited_s,
+                "data_wait_s": sum(self._waits_s) / len(self._waits_s),
+                "data_wait_max_s": max(self._waits_s),
                 "model_tflops_per_s": self._flops(batch) / step_s / 1e12,
             }
             self._writer.write(step, {**values, **rates, **batch.info})
+            self._waits_s.clear()
 
     def _flops(self, batch: HostBatch) -> int:
         """Model FLOPs of the global batch; counted once per batch shape, for counting traces the model."""

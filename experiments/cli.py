@@ -51,6 +51,13 @@ Parts that no file holds are drawn at random. Examples:
 #: As `emu2_jax.weights.names.FORMS`, which `--help` need not wait for.
 FORMS = ("emu2", "emu2_hf", "llama_hf", "eva_timm", "eva_open_clip", "eva_clip", "unet")
 
+ENCODE_EPILOG = """\
+The same command goes on where it was stopped: shards that are in the store are kept. --gin.mesh.fsdp=8 and the like
+are as for `emu2 train`. Then, to train from it:  --gin.data.sources.NAME.embeddings=DIR
+  emu2 encode runs/big/stage1b --shards 'data/laion/*.tar' --out data/laion.embeddings
+  emu2 encode runs/big/stage1b --crops emu2_37b_decoder --source laion_coco --out data/laion_coco.crops
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit."""
@@ -81,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("recipes", _recipes, "list the recipes")
 
-    _add_data_commands(add("data", None, "build, convert, index and look through corpora"))
+    _add_data_commands(add("data", None, "build, convert, index, check and look through corpora"))
 
     train = add("train", _train, "train a recipe, or go on with it")
     train.epilog = TRAIN_EPILOG
@@ -96,6 +103,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="setting (or section) that may differ from the one the work directory was trained with",
     )
+
+    encode = add("encode", _encode, "store what a frozen encoder makes of images, so that training need not")
+    encode.epilog = ENCODE_EPILOG
+    encode.add_argument("run", type=Path, help="work directory whose encoder is used, or a run directory with stage1/")
+    encode.add_argument("--out", type=Path, required=True, help="directory of the store")
+    encode.add_argument("--shards", help="shards of whole pictures, for pretraining")
+    encode.add_argument(
+        "--kind", choices=["image_text", "interleaved", "grounded"], default="image_text", help="(image_text)"
+    )
+    encode.add_argument("--caption", default="txt", help="where the text of a pair is, as in the source's config (txt)")
+    encode.add_argument("--crops", metavar="RECIPE", help="a visual decoder's recipe: its crops, with latents")
+    encode.add_argument("--source", metavar="NAME", help="with --crops: which of the recipe's sources")
+    encode.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time, over all devices (64)")
+    encode.add_argument("--part", default="1/1", metavar="I/N", help="do every N-th shard from the I-th on (1/1)")
+    encode.add_argument("--gin_file", type=Path, action="append", default=[], metavar="FILE", help="override file")
 
     sweep = add("sweep", _sweep, "print the commands of a recipe's ablations")
     sweep.add_argument("recipe")
@@ -200,6 +222,22 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     add_sources(_adder(convert))
     add_validate(add)
 
+    check = add("check", _data_check, "count what a recipe's data holds: bad samples, padding, steps in an epoch")
+    _add_recipe(check)
+    check.add_argument("--read", type=int, default=256, metavar="N", help="samples of each source to decode (256)")
+
+    show = add("show", _data_show, "draw packed rows as the model sees them, as a page")
+    _add_recipe(show)
+    show.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="page to write")
+    show.add_argument("--rows", type=int, default=8, metavar="N", help="rows (or decoder images) to draw (8)")
+    show.add_argument("--first", type=int, default=0, metavar="N", help="number of the first one in the run (0)")
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.epilog = "Any setting can be changed, as for `emu2 train`: --gin.data.image_slots=23, --gin_file=FILE."
+    command.add_argument("recipe", help="a name that `emu2 recipes` lists")
+    command.add_argument("--gin_file", type=Path, action="append", default=[], metavar="FILE", help="override file")
+
 
 # The imports stand inside the commands: `emu2 --help` and errors in the arguments answer at once.
 
@@ -222,6 +260,24 @@ def _openmoji(arguments: argparse.Namespace, rest: list[str]) -> None:
     from experiments.openmoji_tiny import CORPORA
 
     build(arguments.out, CORPORA[arguments.preset], processes=os.cpu_count() or 1)
+
+
+def _data_check(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.data_check import check, refuse_unusable
+    from experiments.runs import resolve
+
+    config, _ = resolve(arguments.recipe, arguments.gin_file, rest)
+    text, checks = check(config, arguments.read)
+    print(text)
+    refuse_unusable(config, checks)
+
+
+def _data_show(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.data_show import show
+    from experiments.runs import resolve
+
+    config, _ = resolve(arguments.recipe, arguments.gin_file, rest)
+    print(show(config, arguments.out, num_rows=arguments.rows, first=arguments.first))
 
 
 def _data_index(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -266,6 +322,33 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> None:
     except Stopped as stopped:
         print(f"emu2: {stopped}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
+
+
+def _encode(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from emu2_jax.errors import ConfigError
+    from experiments.encode import Part, encode_crops, encode_pictures, encoder_workdir
+    from experiments.runs import load_config, override, resolve
+
+    workdir, part = encoder_workdir(arguments.run), Part.parse(arguments.part)
+    if arguments.crops is not None:
+        if arguments.source is None or arguments.shards is not None:
+            raise ConfigError("--crops: takes --source, one of the recipe's, and no --shards")
+        config, _ = resolve(arguments.crops, arguments.gin_file, rest)
+        encode_crops(config, workdir, arguments.source, arguments.out, batch=arguments.batch, part=part)
+        return
+    if arguments.shards is None:
+        raise ConfigError("--shards: needed, unless --crops names a decoder's recipe")
+    config = override(load_config(workdir), arguments.gin_file, rest)
+    encode_pictures(
+        config,
+        workdir,
+        arguments.shards,
+        arguments.kind,
+        arguments.out,
+        batch=arguments.batch,
+        part=part,
+        caption=arguments.caption,
+    )
 
 
 def _sweep(arguments: argparse.Namespace, rest: list[str]) -> None:

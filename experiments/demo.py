@@ -20,7 +20,7 @@ from typing import Any
 
 from emu2_jax.errors import CheckpointError, UserError
 from emu2_jax.report import run_summary, write_report
-from experiments.describe import parameter_counts
+from experiments.describe import image_reading, parameter_counts
 from experiments.evaluate import FOLDER as EVALUATION
 from experiments.openmoji_tiny import DATA
 from experiments.runs import load_config
@@ -191,6 +191,7 @@ def _stages(run: Path, progress: _Progress) -> list[dict[str, Any]]:
                 "trained": [part for part in counts if part not in config.optimizer.frozen],
                 "frozen": [part for part in counts if part in config.optimizer.frozen],
                 "data": [source.name for source in config.data.sources],
+                "images": image_reading(config),
                 "steps": config.train.num_steps,
                 "wall_s": progress.notes["wall_s"][stage],
                 "parameters": counts,

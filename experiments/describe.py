@@ -20,6 +20,16 @@ def parameter_counts(config: ExperimentConfig) -> dict[str, int]:
     return {part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
 
 
+def image_reading(config: ExperimentConfig) -> str:
+    """How files become pixels, in one line."""
+    decoding = {
+        "faithful": "faithful (JPEGs decoded in full)",
+        "fast": "fast (JPEGs decoded at a half, quarter or eighth, never below the target)",
+    }[config.data.image_decoding]
+    exif = "applied" if config.data.apply_exif_orientation else "not applied"
+    return f"images: {decoding}, antialiased bicubic; EXIF orientation {exif}"
+
+
 def describe(config: ExperimentConfig, provenance: overrides.Provenance) -> str:
     """The text of `emu2 train RECIPE --dry_run`."""
     task = make_task(config, None)
@@ -28,7 +38,7 @@ def describe(config: ExperimentConfig, provenance: overrides.Provenance) -> str:
     lines = [f"recipe {config.name}, task {config.train.task}, {config.train.num_steps:,} steps", ""]
     lines += [overrides.format_diff(config, provenance), ""]
     lines += _parts_table(config, shapes)
-    lines += ["", "largest batch (global)"]
+    lines += ["", image_reading(config), "", "largest batch (global)"]
     lines += [f"  {name:<14} {dims!s:<26} {dtype}" for name, (dims, dtype) in batch.items()]
     if config.train.task == "decoder" and config.decoder.latent == "autoencoder_kl":
         lines += ["", "decoder.latent = autoencoder_kl: the VAE's network is not part of this version; shapes only"]

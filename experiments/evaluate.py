@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipelines.images import ImageRules
 from data_pipelines.pipeline import read_pairs
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.errors import ConfigError
@@ -67,7 +68,9 @@ def _pairs(config: ExperimentConfig, split: str) -> list[Pair]:
     if not pattern:
         raise ConfigError(f"{path}: names no shards of held-out image-text pairs")
     size = config.model.vision.image_size
-    found = read_pairs(pattern, size, config.evaluation.num_samples, path)
+    # Measured on faithful pixels, whatever the training read, so that numbers of different runs compare.
+    images = ImageRules(apply_exif_orientation=config.data.apply_exif_orientation)
+    found = read_pairs(pattern, size, config.evaluation.num_samples, path, images)
     if len(found) < 2:
         raise ConfigError(f"{path}: {pattern} holds {len(found)} pairs; shuffled captions need at least 2")
     return [Pair(*pair) for pair in found]

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 
+from data_pipelines.embedding_store import image_settings
 from data_pipelines.pipeline import ImageBatch, ImagePipeline, PackedBatch, Pipeline, open_image_pipeline, open_pipeline
 from data_pipelines.position import saved_of
 from data_pipelines.samples import SampleCounts
 from data_pipelines.streaming import StreamPipeline, is_stream, open_stream
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.diffusion.decoder import DecoderTask
+from emu2_jax.diffusion.vae import latent_channels
 from emu2_jax.errors import ConfigError, DataError
+from emu2_jax.fingerprint import fingerprint
 from emu2_jax.models.emu2 import PretrainTask
 from emu2_jax.sequence import RowShape, batch_shapes
-from emu2_jax.task import Task
+from emu2_jax.task import Params, Task
 from emu2_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from emu2_jax.train import HostBatch
 
@@ -48,6 +53,7 @@ class TrainingInput:
         for batch in self._pipeline.iterate(start_step):
             self._note_epochs(batch)
             info = _packed_info(batch) if isinstance(batch, PackedBatch) else _image_info(batch)
+            info["data_queue_depth"] = self._pipeline.queue_depth
             yield HostBatch(batch.fields, {**info, **self._counters()})
 
     def _note_epochs(self, batch: PackedBatch | ImageBatch) -> None:
@@ -77,6 +83,19 @@ class TrainingInput:
     def summary(self) -> Mapping[str, Mapping[str, int]]:
         """For each source: shards, samples, and how many samples the index left out, by cause."""
         return self._pipeline.summary
+
+    def check_encoder(self, params: Params) -> None:
+        """Raises `DataError` when stored embeddings come from another visual encoder than the one in `params`."""
+        if not self._pipeline.stores:
+            return
+        own = fingerprint(params["visual_encoder"])
+        for source, store in self._pipeline.stores.items():
+            if store.encoder != own:
+                raise DataError(
+                    f"data.sources.{source}.embeddings: {store.directory} was made by another visual encoder "
+                    f"(fingerprint {store.encoder}) than this run's ({own}); run `emu2 encode` with this run's encoder "
+                    "into a new directory, or train on pixels"
+                )
 
     def state(self) -> Mapping[str, Any]:
         """The position in the data, and samples seen and bad ones of all hosts, by source."""
@@ -182,10 +201,12 @@ def open_input(
             random_scale_max=config.decoder.random_scale_max,
             hosts=hosts,
             host=host,
+            store_settings=store_settings(config),
         )
     else:
         assert tokenizer is not None, "pretraining needs a tokenizer"
-        pipeline = (open_stream if streams else open_pipeline)(
+        opened = functools.partial(open_pipeline, store_settings=store_settings(config))
+        pipeline = (open_stream if streams else opened)(
             config.data,
             visual_tokens=config.model.num_visual_tokens,
             image_size=config.model.vision.image_size,
@@ -198,6 +219,36 @@ def open_input(
     elif any(position != pipeline.state(0) for position in _of_all_hosts(pipeline.state(0))):
         raise DataError("data: hosts see different samples; do all read the same shards, with indexes of the same age?")
     return TrainingInput(pipeline, allowed_changes)
+
+
+def store_settings(config: ExperimentConfig) -> dict[str, str | int | float | bool]:
+    """What embeddings of this run's images have to have been made with, besides the encoder's parameters."""
+    vision, data = config.model.vision, config.data
+    settings = image_settings(
+        visual_tokens=config.model.num_visual_tokens,
+        width=vision.width,
+        image_size=vision.image_size,
+        decoding=data.image_decoding,
+        exif=data.apply_exif_orientation,
+        dtypes=f"{config.model.compute_dtype} from {config.model.frozen_dtype}",
+    )
+    if config.train.task == "pretrain":
+        return settings
+    decoder = config.decoder
+    return settings | {
+        "crop_size": decoder.image_size,
+        "random_scale_max": decoder.random_scale_max,
+        "seed": data.seed,
+        "latent": decoder.latent,
+        "latent_factor": decoder.latent_factor,
+        "latent_scale": decoder.latent_scale,
+    }
+
+
+def latent_shape(config: ExperimentConfig) -> tuple[int, int, int]:
+    """Height, width and channels of what the decoder's codec makes of an image."""
+    side = config.decoder.image_size // config.decoder.latent_factor
+    return side, side, latent_channels(config.decoder)
 
 
 def batch_rows(config: ExperimentConfig) -> dict[str, int]:
@@ -216,12 +267,23 @@ def example_shapes(config: ExperimentConfig) -> dict[str, tuple[tuple[int, ...],
     """Shape and dtype of a step's largest global batch, without reading data."""
     if config.train.task == "decoder":
         size, count = config.decoder.image_size, config.decoder.batch_images
-        return {
-            "images": ((count, size, size, 3), np.dtype(np.uint8)),
+        fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {
             "time_ids": ((count, 6), np.dtype(np.int32)),
             "weight": ((count,), np.dtype(np.float32)),
         }
+        if any(source.embeddings is not None for source in config.data.sources):
+            embedding = (count, config.model.num_visual_tokens, config.model.vision.width)
+            bfloat16 = np.dtype(ml_dtypes.bfloat16)
+            return {
+                "embeddings": (embedding, bfloat16),
+                "latents": ((count, *latent_shape(config)), bfloat16),
+                **fields,
+            }
+        return {"images": ((count, size, size, 3), np.dtype(np.uint8)), **fields}
     size, visual_tokens = config.model.vision.image_size, config.model.num_visual_tokens
-    shape = RowShape(config.data.row_length, config.data.image_slots, visual_tokens, size)
+    seen = [source for source in config.data.sources if source.weight > 0 and source.kind != "text"]
+    stored = bool(seen) and all(source.embeddings is not None for source in seen)
+    width = config.model.vision.width if stored else None
+    shape = RowShape(config.data.row_length, config.data.image_slots, visual_tokens, size, width)
     largest = batch_shapes(max(batch_rows(config).values()), shape)
     return {name: (dims, np.dtype(dtype)) for name, (dims, dtype) in largest.items()}

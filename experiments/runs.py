@@ -34,6 +34,11 @@ def resolve(
     return validate(config), provenance
 
 
+def override(config: ExperimentConfig, gin_files: Iterable[Path], gin_flags: Iterable[str]) -> ExperimentConfig:
+    """A config with overrides applied and checked. Raises `ConfigError`."""
+    return validate(overrides.apply(config, overrides.read_sources(gin_files, gin_flags))[0])
+
+
 def run_training(
     config: ExperimentConfig,
     provenance: overrides.Provenance,
@@ -61,7 +66,7 @@ def run_training(
     text = overrides.dump(config, provenance)
     with _alone_in(workdir):
         _write_atomically(saved, text)
-        train(config, task, program, data, workdir, operative_config=text, say=print)
+        train(config, task, program, data, workdir, operative_config=text, say=print, inspect=data.check_encoder)
 
 
 def _say_if_unfinished(stage: Path) -> None:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from data_pipelines.images import decode_image
 from data_pipelines.kinds import SampleError
-from data_pipelines.samples import decode_image
 from emu2_jax.diffusion import decoder as decoder_lib
 from emu2_jax.errors import DataError, UserError
 from emu2_jax.generate import Generator, Link

@@ -16,9 +16,12 @@ import jax
 import numpy as np
 import tiny
 
+from data_pipelines.embedding_store import EMBEDDINGS
 from emu2_jax import sharding
 from emu2_jax.config import MeshConfig, OptimizerConfig
+from emu2_jax.fingerprint import fingerprint
 from emu2_jax.train import BatchPlacer, Program, build_program
+from experiments.encode import compiled
 
 NUM_STEPS = 3
 ROWS = 16
@@ -90,6 +93,18 @@ def initial_params(mesh: MeshConfig, devices: list[jax.Device]) -> Any:
     return jax.device_get(program.init()["params"])
 
 
+def encode(mesh: MeshConfig, devices: list[jax.Device]) -> tuple[str, np.ndarray]:
+    """Fingerprint of an encoder and what it makes of some pictures, as `emu2 encode` does on this mesh."""
+    config = dataclasses.replace(tiny.CONFIG, mesh=mesh)
+    laid = sharding.make_mesh(mesh, devices)
+    params = {"visual_encoder": tiny.random_parameters(tiny.task().init)["visual_encoder"]}
+    params = jax.device_put(params, sharding.parameter_shardings(params, laid))["visual_encoder"]
+    pictures = np.random.default_rng(3).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    run = compiled(config, laid, crops=False)
+    found = run(params, jax.device_put(pictures, sharding.batch_sharding(laid)))[EMBEDDINGS]
+    return fingerprint(params), np.asarray(found, np.float32)
+
+
 def distance(a: Run, b: Run) -> dict[str, float]:
     """Largest relative difference of the losses; of the parameters, relative to the largest one of their leaf."""
     params = jax.tree.map(lambda x, y: float(np.abs(x - y).max() / np.abs(x).max()), a.params, b.params)
@@ -115,7 +130,12 @@ def main() -> None:
     )
     initial = (initial_params(MeshConfig(), devices[:1]), initial_params(MeshConfig(fsdp=4, tensor=2), devices))
     drawn_apart = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), *initial)
+    prints, embeddings = zip(
+        *(encode(MeshConfig(), devices[:1]), encode(MeshConfig(data=2, fsdp=2, tensor=2), devices)), strict=True
+    )
     report = {
+        "fingerprints": prints,
+        "embeddings": float(np.abs(embeddings[0] - embeddings[1]).max() / np.abs(embeddings[0]).max()),
         "initial_params": max(jax.tree.leaves(drawn_apart)),
         "losses": one.losses.tolist(),
         "smallest_move": min(jax.tree.leaves(moved)),

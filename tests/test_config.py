@@ -59,6 +59,11 @@ def test_a_good_config_comes_back_unchanged(tiny_config: ExperimentConfig) -> No
         ("data.sources.pairs.batch_rows", {"data.sources": (source(batch_rows=4),)}),
         ("data.sources.pairs.image_slots", {"data.sources": (source(image_slots=4),)}),
         ("data.row_length", {"data.row_length": 7}),  # <s> [IMG] v v v v [/IMG] </s> is 8
+        ("data.sources.pairs.embeddings", {"data.sources": (source(embeddings="store"),)}),
+        (
+            "data.sources.pairs.embeddings",
+            {"data.sources": (source(kind="text", embeddings="store"),), "optimizer.frozen": ("visual_encoder",)},
+        ),
         ("data.global_batch_rows", {"data.global_batch_rows": 0}),
         ("data.image_first_probability", {"data.image_first_probability": 1.5}),
         ("data.phrase_first_probability", {"data.phrase_first_probability": -0.5}),

@@ -47,3 +47,12 @@ def test_the_rows_of_the_tests_are_the_contracts_worked_example() -> None:
     np.testing.assert_array_equal(row["image_mask"], [True, False])
     assert row["images"][0].any()
     assert not row["images"][1].any()
+
+
+def test_slots_that_were_not_cleared_beforehand_are_cleared_at_the_end() -> None:
+    batch = sequence.empty_batch(2, SHAPE, pad_id=9, clear_slots=False)
+    batch["images"][:] = 7
+    batch["image_mask"][1, 0] = True
+    sequence.clear_empty_slots(batch)
+    kept = batch["images"][1, 0]
+    assert (kept == 7).all() and batch["images"].sum() == kept.sum()

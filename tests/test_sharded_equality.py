@@ -55,3 +55,9 @@ def test_moments_are_sharded_over_fsdp_and_whole_on_replicas(report: dict[str, A
 def test_initial_parameters_are_the_same_on_any_mesh(report: dict[str, Any]) -> None:
     """Up to the last bit, which differs with how XLA vectorises the inverse error function."""
     assert report["initial_params"] < 1e-6
+
+
+def test_an_encoder_has_one_fingerprint_and_gives_one_answer_on_any_mesh(report: dict[str, Any]) -> None:
+    """The answer to a unit in the last place of bfloat16, in which it is stored."""
+    assert len(set(report["fingerprints"])) == 1
+    assert report["embeddings"] <= 2**-8

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data_pipelines import samples as samples_
 from data_pipelines.corpora import KINDS, SOURCES
 from data_pipelines.grounding import decode_grounded
+from data_pipelines.images import decode_image
 from data_pipelines.index import BadSample, SampleIndex, scan_shard
 from data_pipelines.kinds import TEXT_SUFFIX, SampleError, check_text_size
 from data_pipelines.shards import ShardReader
@@ -133,7 +134,7 @@ def _decode(index: SampleIndex, reader: ShardReader, sample: int, part: int) -> 
     if index.is_image[part] and index.kind == "video_text":
         sample_frames(samples_.read_part(reader, index, sample, part), _FRAMES, _IMAGE_SIZE)
     elif index.is_image[part]:
-        samples_.decode_image(samples_.read_part(reader, index, sample, part), _IMAGE_SIZE)
+        decode_image(samples_.read_part(reader, index, sample, part), _IMAGE_SIZE)
     elif index.kind == "grounded":
         decode_grounded(samples_.read_part(reader, index, sample, part))
     else:

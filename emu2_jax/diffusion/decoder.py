@@ -35,6 +35,8 @@ class DecoderTask:
 
     Batch fields: `images` uint8 (B, S, S, 3) RGB, S = `decoder.image_size`; `time_ids` int32 (B, 6), in pixels: height
     and width of the original, top and left of the crop, height and width drawn; `weight` float32 (B,), 0 = padding.
+    Where the images were encoded beforehand, `embeddings` (B, N, E) and `latents` (B, H, W, C), bfloat16, are in the
+    place of `images`.
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
@@ -58,8 +60,7 @@ class DecoderTask:
     def losses(self, params: Params, batch: Batch, key: PRNGKeyArray) -> Losses:
         """Squared error of the prediction at one random timestep per image, averaged over the latent."""
         timestep_key, noise_key, dropout_key = jax.random.split(key, 3)
-        codec = open_codec(self.decoder)
-        clean = codec.encode(batch["images"].astype(jnp.float32) / 127.5 - 1.0)
+        clean = self.latents(batch)
         timesteps = jax.random.randint(timestep_key, clean.shape[:1], 0, self.decoder.num_train_timesteps)
         alpha_bar = jnp.asarray(alpha_bars(self.decoder), jnp.float32)[timesteps]
         noise = draw_noise(noise_key, clean.shape, self.decoder.noise_offset)
@@ -82,9 +83,18 @@ class DecoderTask:
             metrics=self._by_noise_level(errors, weight, timesteps),
         )
 
+    def latents(self, batch: Batch) -> Float[Array, "B H W C"]:
+        """What the codec makes of the batch's images, float32."""
+        if "latents" in batch:
+            return batch["latents"].astype(jnp.float32)
+        return open_codec(self.decoder).encode(batch["images"].astype(jnp.float32) / 127.5 - 1.0)
+
     def condition(self, params: Params, batch: Batch, key: PRNGKeyArray) -> Float[Array, "B N D"]:
         """Embeddings of the batch's images, a random share of them replaced by the null; no gradient."""
-        embeddings = encode_images(self.model, params["visual_encoder"], batch["images"])
+        if "embeddings" in batch:
+            embeddings = batch["embeddings"].astype(jnp.float32)
+        else:
+            embeddings = encode_images(self.model, params["visual_encoder"], batch["images"])
         if not self.decoder.condition_dropout:
             return embeddings
         null = null_embeddings(self.model, params["visual_encoder"])
@@ -104,7 +114,7 @@ class DecoderTask:
 
     def model_flops(self, batch_shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Model FLOPs of one step (`task.Task.model_flops`): U-Net forward and backward, frozen encoder forward."""
-        count, size = batch_shapes["images"][:2]
+        count, size = batch_shapes["weight"][0], self.decoder.image_size
         model = dataclasses.replace(self.model, remat="none")
         params = jax.eval_shape(self.init, jax.random.key(0))
         side = size // self.decoder.latent_factor
@@ -118,6 +128,8 @@ class DecoderTask:
             jax.ShapeDtypeStruct((count, model.num_visual_tokens, model.vision.width), jnp.float32),
             jax.ShapeDtypeStruct((count, 6), jnp.int32),
         )
+        if "embeddings" in batch_shapes:
+            return 3 * unet
         encoder = count_flops(
             partial(encode_images, model),
             params["visual_encoder"],

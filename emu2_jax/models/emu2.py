@@ -134,7 +134,17 @@ class PretrainTask:
         return Losses(terms={name: terms[name] for name in self.coefficients}, metrics=metrics)
 
     def visual_embeddings(self, params: Params, batch: Batch) -> Float[Array, "B X E"]:
-        """Pooled encoder embeddings of the row's image slots, X = M x N; zeros in empty slots. float32."""
+        """Pooled encoder embeddings of the row's image slots, X = M x N; zeros in empty slots. float32.
+
+        The batch has either images, or embeddings that were worked out beforehand.
+        """
+        if "embeddings" in batch:
+            stored: Float[Array, "B M N E"] = batch["embeddings"]
+            rows, slots, num, width = stored.shape
+            if slots == 0:
+                return jnp.zeros((rows, 1, width), jnp.float32)
+            masked = stored.astype(jnp.float32) * batch["image_mask"][:, :, None, None]
+            return jax.lax.stop_gradient(masked.reshape(rows, slots * num, width))
         images: UInt8[Array, "B M S S 3"] = batch["images"]
         rows, slots, size = images.shape[:3]
         num, width = self.model.num_visual_tokens, self.model.vision.width
@@ -191,7 +201,7 @@ class PretrainTask:
     def model_flops(self, batch_shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Model FLOPs of one step (`task.Task.model_flops`), from the widths alone."""
         rows, length = batch_shapes["tokens"]
-        slots = batch_shapes["images"][1]
+        slots = batch_shapes["image_mask"][1]
         vision, language = self.model.vision, self.model.language
         patches = vision.grid_size**2 + 1
         vision_matrices = vision.num_layers * (4 * vision.width**2 + 2 * vision.width * vision.mlp_width)
@@ -210,7 +220,8 @@ class PretrainTask:
             projections += 2 * language.width * vision.width * rows * length
         if "image_end" in self.coefficients:
             projections += 2 * language.width * vision.width * rows * length
-        return (1 if self.encoder_is_frozen else 3) * encoder + 3 * (decoder + projections)
+        passes = 0 if "embeddings" in batch_shapes else 1 if self.encoder_is_frozen else 3
+        return passes * encoder + 3 * (decoder + projections)
 
 
 def _coefficients(objective: ObjectiveConfig) -> dict[str, float]:

@@ -234,6 +234,29 @@ def test_bad_sample_leaves_a_hole_and_nothing_else_moves(write_shard: WriteShard
     assert np.unique(batch.fields["segment_ids"]).tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_damaged_pictures_are_counted_by_cause_with_their_place(write_shard: WriteShard, tokenizer: Tokenizer) -> None:
+    jpeg, bmp = picture(1, 64, "JPEG"), picture(3, 8, "BMP")
+    damaged = {
+        "damaged_image": [
+            jpeg[:-300],
+            jpeg[:900] + bytes(b ^ 0xFF for b in jpeg[900:950]) + jpeg[950:],
+            cut_picture(2),
+        ],
+        "not_an_image": [b"<html>", b""],
+        "image_too_large": [bmp[:18] + (100_000).to_bytes(4, "little") * 2 + bmp[26:]],
+    }
+    files = [data for causes in damaged.values() for data in causes] + [picture(4, 8, "WEBP"), picture(5, 8, "GIF")]
+    shard = write_shard("a.tar", [m for i, d in enumerate(files) for m in ((f"{i}.txt", b"cat"), (f"{i}.jpg", d))])
+    batch = _open(tokenizer, _source(shard), row_length=80, image_slots=8, global_batch_rows=1).batch(0)
+    assert batch.num_documents == 2
+    assert {cause: sum(bad.cause == cause for bad in batch.bad) for cause in damaged} == {
+        cause: len(files) for cause, files in damaged.items()
+    }
+    content = Path(shard).read_bytes()
+    for bad in batch.bad:
+        assert bad.shard == shard and content[bad.offset :].startswith(f"{bad.key}.jpg\0".encode())
+
+
 def test_a_bad_video_leaves_its_positions_and_its_slots_empty(write_shard: WriteShard, tokenizer: Tokenizer) -> None:
     members = []
     for i, data in enumerate((video(9), video(9)[:-400], video(9))):

@@ -20,7 +20,15 @@ from experiments.runs import load_config, load_params
 
 NUM_STEPS = 12
 #: What may differ between two runs of the same bits: how long things took.
-TIMINGS = {"step_s", "data_wait_s", "model_tflops_per_s", "tokens_per_s", "images_per_s"}
+TIMINGS = {
+    "step_s",
+    "data_wait_s",
+    "data_wait_max_s",
+    "data_queue_depth",
+    "model_tflops_per_s",
+    "tokens_per_s",
+    "images_per_s",
+}
 
 
 def start_training(workdir: Path, gin_file: Path, corpus: Path) -> subprocess.Popen[str]:
