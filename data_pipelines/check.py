@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_pipelines.batches import PackedBatch
+from data_pipelines.crops import ImagePipeline, open_image_pipeline
 from data_pipelines.index import BadSample
 from data_pipelines.packing import plan_rows
-from data_pipelines.pipeline import ImagePipeline, PackedBatch, Pipeline, open_image_pipeline, open_pipeline
+from data_pipelines.pipeline import Pipeline, open_pipeline
+from data_pipelines.sources import used_sources
 from emu2_jax.config import DataConfig, SourceConfig
 from emu2_jax.errors import DataError
 from emu2_jax.tokenizer import Tokenizer
@@ -88,7 +91,7 @@ def check_packed(
 ) -> list[SourceCheck]:
     """Looks at every source of weight above 0 by itself, reading about `num_read` samples of each."""
     checks = []
-    for source in _used(config):
+    for source in used_sources(config):
         rows = config.global_batch_rows if source.batch_rows is None else source.batch_rows
         check = SourceCheck(source, share_of_steps=_share(config, source), rows_of_step=rows)
         try:
@@ -114,7 +117,7 @@ def check_images(
         config, sources=tuple(source for source in config.sources if source.kind == "image_text")
     )
     checks = []
-    for source in _used(config):
+    for source in used_sources(config):
         check = SourceCheck(source, share_of_steps=_share(config, source))
         try:
             pipeline = open_image_pipeline(
@@ -130,12 +133,8 @@ def check_images(
     return checks
 
 
-def _used(config: DataConfig) -> list[SourceConfig]:
-    return [source for source in config.sources if source.weight > 0]
-
-
 def _share(config: DataConfig, source: SourceConfig) -> float:
-    return source.weight / sum(one.weight for one in _used(config))
+    return source.weight / sum(one.weight for one in used_sources(config))
 
 
 def _alone(config: DataConfig, source: SourceConfig) -> DataConfig:

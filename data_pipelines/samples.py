@@ -29,6 +29,11 @@ def read_part(reader: ShardReader, index: SampleIndex, sample: int, part: int) -
         raise SampleError("shorter_shard", str(error)) from error
 
 
+def image_part(index: SampleIndex, sample: int) -> int:
+    """Number of the image of an image-text sample, which is stored as text, image."""
+    return int(index.starts[sample]) + 1
+
+
 @dataclass
 class SampleCounts:
     """How many samples were handed to training, and how many of them were bad, by cause."""

@@ -20,12 +20,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from data_pipelines.batches import PackedBatch
 from data_pipelines.embedding_store import EmbeddingStore
 from data_pipelines.index import BadSample, SampleIndex, index_members, split_name
 from data_pipelines.interleave import DocumentRules, measure, outline, read_document
 from data_pipelines.order import shuffled, stream_seed
 from data_pipelines.packing import plan_rows, write_document
-from data_pipelines.pipeline import PackedBatch
 from data_pipelines.samples import SampleCounts
 from data_pipelines.shards import GatheredReader, ShardReader, expand_braces
 from data_pipelines.tar import BLOCK, Damage, ForwardReader, Members

@@ -41,10 +41,7 @@ class RowShape:
 
 #: The fields of a batch of B packed rows: name -> (dtype, shape in the letters B L M S; S = image_size).
 FIELDS: Mapping[str, tuple[type, str]] = {
-    "tokens": (
-        np.int32,
-        "B L",
-    ),  # id; `<image>` (of a video `[gIMG]`) on visual positions, `[PAD]` on padding
+    "tokens": (np.int32, "B L"),  # id; `<image>` (in a video `[gIMG]`) on visual positions, `[PAD]` on padding
     "segment_ids": (np.int32, "B L"),  # 0 = padding, documents count from 1 within the row
     "positions": (np.int32, "B L"),  # rotary positions, restart at 0 in each document
     "is_visual": (np.bool_, "B L"),  # the element is a visual embedding

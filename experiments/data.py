@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.index import SampleIndex
-from data_pipelines.pipeline import open_source
+from data_pipelines.sources import open_source
 from emu2_jax.config import DataConfig, SourceConfig
 from emu2_jax.errors import ConfigError
 from emu2_jax.tokenizer import Tokenizer

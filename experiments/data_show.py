@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from data_pipelines.pipeline import open_image_pipeline, open_pipeline
+from data_pipelines.crops import open_image_pipeline
+from data_pipelines.pipeline import open_pipeline
 from emu2_jax import losses
 from emu2_jax.config import DataConfig, ExperimentConfig, ObjectiveConfig
 from emu2_jax.errors import UserError

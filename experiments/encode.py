@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, UInt8
 from tqdm import tqdm
 
+from data_pipelines.crops import open_image_pipeline
 from data_pipelines.embedding_store import (
     EMBEDDINGS,
     LATENT,
@@ -35,9 +36,9 @@ from data_pipelines.embedding_store import (
 from data_pipelines.images import ImageRules, decode_image
 from data_pipelines.index import SampleIndex
 from data_pipelines.kinds import TEXT_SUFFIX, Kind, SampleError
-from data_pipelines.pipeline import open_image_pipeline, open_source
 from data_pipelines.samples import read_part
 from data_pipelines.shards import ShardReader
+from data_pipelines.sources import open_source
 from emu2_jax import sharding
 from emu2_jax.checkpoint import load_parts
 from emu2_jax.config import ExperimentConfig, SourceConfig

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines.images import ImageRules
-from data_pipelines.pipeline import read_pairs
+from data_pipelines.pairs import read_pairs
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.errors import ConfigError
 from emu2_jax.evaluation import heldout

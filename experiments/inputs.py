@@ -13,8 +13,10 @@ import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 
+from data_pipelines.batches import ImageBatch, PackedBatch
+from data_pipelines.crops import ImagePipeline, open_image_pipeline
 from data_pipelines.embedding_store import image_settings
-from data_pipelines.pipeline import ImageBatch, ImagePipeline, PackedBatch, Pipeline, open_image_pipeline, open_pipeline
+from data_pipelines.pipeline import Pipeline, open_pipeline
 from data_pipelines.position import saved_of
 from data_pipelines.samples import SampleCounts
 from data_pipelines.streaming import StreamPipeline, is_stream, open_stream

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import pytest
 from tiny_shards import WORDS, WriteShard, picture
 
-from data_pipelines.pipeline import ImagePipeline, Pipeline, open_image_pipeline, open_pipeline
+from data_pipelines.crops import ImagePipeline, open_image_pipeline
+from data_pipelines.pipeline import Pipeline, open_pipeline
 from emu2_jax.config import DataConfig, SourceConfig
 from emu2_jax.tokenizer import Tokenizer
 

@@ -12,15 +12,10 @@ import pytest
 from tiny_shards import WORDS, WriteShard, cut_picture, picture
 from tiny_videos import video
 
-from data_pipelines.pipeline import (
-    ImageBatch,
-    ImagePipeline,
-    PackedBatch,
-    Pipeline,
-    open_image_pipeline,
-    open_pipeline,
-    read_pairs,
-)
+from data_pipelines.batches import ImageBatch, PackedBatch
+from data_pipelines.crops import ImagePipeline, open_image_pipeline
+from data_pipelines.pairs import read_pairs
+from data_pipelines.pipeline import Pipeline, open_pipeline
 from data_pipelines.samples import SampleCounts
 from emu2_jax.config import DataConfig, SourceConfig
 from emu2_jax.errors import ConfigError, DataError

@@ -11,7 +11,9 @@ import pytest
 from tiny_shards import WORDS, WriteShard, picture
 
 from data_pipelines import pipeline as pipeline_module
-from data_pipelines.pipeline import ImagePipeline, PackedBatch, Pipeline, open_image_pipeline, open_pipeline
+from data_pipelines.batches import PackedBatch
+from data_pipelines.crops import ImagePipeline, open_image_pipeline
+from data_pipelines.pipeline import Pipeline, open_pipeline
 from data_pipelines.planning import RowPlan
 from data_pipelines.position import Saved, saved_of
 from emu2_jax.config import DataConfig, SourceConfig

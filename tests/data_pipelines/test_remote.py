@@ -15,8 +15,8 @@ import pytest
 from range_server import RangeServer
 from tiny_shards import WORDS, WriteShard, picture
 
-from data_pipelines import pipeline as pipeline_module
 from data_pipelines import remote as remote_module
+from data_pipelines import sources as sources_module
 from data_pipelines.index import scan_shard
 from data_pipelines.index_files import IndexRules, index_paths, load_index, open_index
 from data_pipelines.pipeline import Pipeline, open_pipeline
@@ -143,7 +143,7 @@ def test_training_from_a_web_server_gives_the_same_bits(
     server: RangeServer, write_shard: WriteShard, tokenizer: Tokenizer, tmp_path: Path, window: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(pipeline_module, "Patience", lambda **_: QUICK)
+    monkeypatch.setattr(sources_module, "Patience", lambda **_: QUICK)
     _write_shards(write_shard, tmp_path / "served")
     settings = {"shuffle_window": window, "shuffle_run": 4}
     local = _open(tokenizer, str(tmp_path / "served" / "pairs-*.tar"), tmp_path / "i", **settings)

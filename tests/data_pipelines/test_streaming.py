@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tiny_shards import WORDS, WriteShard, picture
 
-from data_pipelines.pipeline import PackedBatch, open_pipeline
+from data_pipelines.batches import PackedBatch
+from data_pipelines.pipeline import open_pipeline
 from data_pipelines.streaming import StreamPipeline, open_stream
 from emu2_jax.config import DataConfig, SourceConfig
 from emu2_jax.errors import ConfigError, DataError

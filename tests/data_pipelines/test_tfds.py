@@ -19,7 +19,7 @@ from tiny_shards import picture
 
 from data_pipelines.corpora.tfds import convert
 from data_pipelines.corpora.validate import validate
-from data_pipelines.pipeline import read_pairs
+from data_pipelines.pairs import read_pairs
 from emu2_jax.errors import DataError
 
 
