@@ -40,7 +40,8 @@ KINDS = ("image_text", "video_text", "interleaved", "grounded", "text")
 
 
 CONVERT_EPILOG = """\
-Forms (found from the names unless given): emu2, emu2_hf, llama_hf, eva_timm, eva_open_clip, eva_clip, unet.
+Forms (found from the names unless given): emu2, emu2_hf, llama_hf, eva_timm, eva_open_clip, eva_clip,
+vit_timm, clip_hf, clip_open_clip, unet.
 Parts that no file holds are drawn at random. Examples:
   emu2 convert --from /data/Emu2 --to runs/emu2
   emu2 convert --from /data/llama-33b --from eva_open_clip=/data/eva --to runs/start
@@ -49,7 +50,10 @@ Parts that no file holds are drawn at random. Examples:
 """
 
 #: As `emu2_jax.weights.names.FORMS`, which `--help` need not wait for.
-FORMS = ("emu2", "emu2_hf", "llama_hf", "eva_timm", "eva_open_clip", "eva_clip", "unet")
+FORMS = (
+    "emu2", "emu2_hf", "llama_hf", "eva_timm", "eva_open_clip", "eva_clip",
+    "vit_timm", "clip_hf", "clip_open_clip", "unet",
+)  # fmt: skip
 
 ENCODE_EPILOG = """\
 The same command goes on where it was stopped: shards that are in the store are kept. --gin.mesh.fsdp=8 and the like

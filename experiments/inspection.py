@@ -15,11 +15,11 @@ from jax.sharding import AbstractMesh, Mesh
 from emu2_jax import optimizer as optimizer_lib
 from emu2_jax import sharding
 from emu2_jax.checkpoint import FOLDER
-from emu2_jax.config import ExperimentConfig, ModelConfig
+from emu2_jax.config import ExperimentConfig
 from emu2_jax.errors import ConfigError
 from emu2_jax.weights.convert import adapted, recognise
 from emu2_jax.weights.files import missing_files, open_weights
-from emu2_jax.weights.names import Form, official_shapes, table
+from emu2_jax.weights.names import Form, all_names, official_shapes, table
 from emu2_jax.weights.state_dict import resolve
 from emu2_jax.weights.stream import open_parameters
 from emu2_jax.weights.table import numberless
@@ -121,7 +121,7 @@ def _file_entries(path: str, config: ExperimentConfig | None) -> tuple[list[_Ent
 
 def _part_finder(form: Form) -> Callable[[str], str]:
     """Which part a tensor belongs to, by its name, whatever the number of layers."""
-    rows = table(form, ModelConfig())
+    rows = all_names(form)
     parts = {numberless(name): row.path.split("/")[0] for row in rows.rows for name in (row.name, *row.aliases)}
 
     def part_of(name: str) -> str:

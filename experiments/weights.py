@@ -17,7 +17,7 @@ from emu2_jax.config import ExperimentConfig
 from emu2_jax.errors import WeightsError
 from emu2_jax.weights.convert import Source, import_weights, random_parameters
 from emu2_jax.weights.export import export, hugging_face_config
-from emu2_jax.weights.names import Form, table
+from emu2_jax.weights.names import Form, official_shapes, table
 from emu2_jax.weights.parameters import Parameter
 from emu2_jax.weights.state_dict import flatten
 from emu2_jax.weights.stream import appearing_whole, open_parameters, write_parameters
@@ -85,7 +85,7 @@ def export_weights(workdir: Path, form: Form, folder: Path, *, dtype: str, shard
     wanted = DTYPES[dtype]
     stored = {parameters[row.path].dtype for row in rows.rows if row.path in parameters}
     files_dtype = wanted or (stored.pop() if len(stored) == 1 else None)
-    total = sum(math.prod(row.layout.our_shape) for row in rows.rows)
+    total = sum(math.prod(shape) for shape in official_shapes(form, config.model, config.decoder).values())
     with _progress("export", total * (files_dtype or np.dtype(np.float32)).itemsize) as advance:
         names = export(
             parameters,

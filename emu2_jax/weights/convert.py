@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from emu2_jax.config import DecoderConfig, ModelConfig
 from emu2_jax.errors import WeightsError
 from emu2_jax.models.eva_vit import resize_position_embedding
 from emu2_jax.weights.files import StoredTensor, Tensors, check_dtypes, open_weights
-from emu2_jax.weights.names import FORMS, Form, table
+from emu2_jax.weights.layout import Layout
+from emu2_jax.weights.names import FORMS, Form, all_names, table
 from emu2_jax.weights.parameters import ComputedParameter, GrownParameter, Parameter, StoredParameter
 from emu2_jax.weights.state_dict import flatten, listed, resolve
-from emu2_jax.weights.table import Row, Table, numberless
+from emu2_jax.weights.table import Table, numberless
 
 POSITIONS = "visual_encoder/position_embedding"
 #: Parameters with an axis of the vocabulary, and which axis it is.
@@ -55,7 +57,7 @@ class Imported:
 
 def recognise(names: Sequence[str], shown: str) -> Form:
     """The form whose names these are, whatever the number of layers. Raises `WeightsError` when it is none of them."""
-    scores = {form: _score(names, table(form, ModelConfig())) for form in FORMS}
+    scores = {form: _score(names, all_names(form)) for form in FORMS}
     best = max(scores, key=lambda form: scores[form])
     if scores[best][0] < 0.5:
         raise WeightsError(f"{shown}: its names ({listed(names)}) are of none of the forms {', '.join(FORMS)}")
@@ -66,7 +68,7 @@ def _score(names: Sequence[str], rows: Table) -> tuple[float, float]:
     """Share of `names` that a form has (what it skips counts half), and share of the form's rows among them."""
     official = {numberless(name): row.path for row in rows.rows for name in (row.name, *row.aliases)}
     found = [name for name in names if numberless(name) in official]
-    skipped = sum(rows.skip_reason(name) is not None for name in names)
+    skipped = sum(numberless(name) not in official and rows.skip_reason(name) is not None for name in names)
     present = {official[numberless(name)] for name in found}
     return (len(found) + skipped / 2) / max(1, len(names)), len(present) / len(set(official.values()))
 
@@ -113,52 +115,54 @@ def _import_source(source: Source, rows: Table, model: ModelConfig) -> tuple[dic
         count = list(resolution.skipped.values()).count(reason)
         notes.append(f"{source.path}: {count} tensors skipped: {reason}")
     parameters: dict[str, Parameter] = {}
-    for row, names in resolution.names:
-        stored = [tensors[name] for name in names]
-        check_dtypes(stored)
-        parameters[row.path], note = _parameter(row, stored, model)
+    for path, pieces in resolution.parameters.items():
+        stored = [(row.layout, [tensors[name] for name in names]) for row, names in pieces]
+        check_dtypes([tensor for _, of_piece in stored for tensor in of_piece])
+        parameters[path], note = _parameter(path, stored, model)
         if note:
             notes.append(note)
     return parameters, notes
 
 
-def _parameter(row: Row, tensors: Sequence[StoredTensor], model: ModelConfig) -> tuple[Parameter, str]:
-    tensor = tensors[0]
-    if tensor.shape == row.layout.stored_shape:
-        return StoredParameter(row.layout, tensors), ""
-    if row.path == POSITIONS:
-        return _resized_positions(row, tensor)
-    axis = VOCABULARY[row.path]
+def _parameter(
+    path: str, pieces: Sequence[tuple[Layout, Sequence[StoredTensor]]], model: ModelConfig
+) -> tuple[Parameter, str]:
+    layout, (tensor, *_) = pieces[0]  # what may have another shape is one piece
+    if tensor.shape == layout.stored_shape:
+        return StoredParameter(pieces), ""
+    if path == POSITIONS:
+        return _resized_positions(layout, tensor)
+    axis = VOCABULARY[path]
     rows, width = tensor.shape if len(tensor.shape) == 2 else (0, 0)
     if width != model.language.width or not 0 < rows < model.language.vocab_size:
         raise WeightsError(
             f"{tensor.file}: {tensor.name} is {' x '.join(map(str, tensor.shape))}, wanted at most "
             f"{model.language.vocab_size} x {model.language.width} (model.language.vocab_size x width)"
         )
-    layout = type(row.layout)(row.layout.stored, row.layout.ours, {**row.layout.sizes, "V": rows})
-    grown = GrownParameter(StoredParameter(layout, tensors), axis, model.language.vocab_size, tensor)
+    stored = StoredParameter([(layout.resized(V=rows), [tensor])])
+    grown = GrownParameter(stored, axis, model.language.vocab_size, tensor)
     new = model.language.vocab_size - rows
     return grown, f"{tensor.file}: {tensor.name} has {rows} rows; {new} are added at their mean, for special tokens"
 
 
-def _resized_positions(row: Row, tensor: StoredTensor) -> tuple[Parameter, str]:
-    (wanted, width) = row.layout.our_shape
-    have = tensor.shape[1] if len(tensor.shape) == 3 else 0
+def _resized_positions(layout: Layout, tensor: StoredTensor) -> tuple[Parameter, str]:
+    (wanted, width) = layout.our_shape
+    have = math.prod(tensor.shape[:-1])
     side = round(max(have - 1, 0) ** 0.5)
-    if have < 2 or 1 + side**2 != have or tensor.shape != (1, have, width):
+    if have < 2 or 1 + side**2 != have or tensor.shape != layout.resized(P=have).stored_shape:
         raise WeightsError(
             f"{tensor.file}: {tensor.name} is {' x '.join(map(str, tensor.shape))}, which is no position embedding of "
             f"a square of patches and CLS, {width} wide"
         )
 
     def compute() -> np.ndarray:
-        old = jnp.asarray(tensor.array()[0].astype(np.float32))
+        old = jnp.asarray(tensor.array().reshape(have, width).astype(np.float32))
         return np.asarray(resize_position_embedding(old, wanted)).astype(tensor.dtype)
 
     new_side = round((wanted - 1) ** 0.5)
     assert tensor.dtype is not None
     note = f"{tensor.file}: {tensor.name} interpolated from {side} x {side} to {new_side} x {new_side} patches"
-    return ComputedParameter(row.layout.our_shape, tensor.dtype, compute), note
+    return ComputedParameter(layout.our_shape, tensor.dtype, compute), note
 
 
 def random_parameters(init: Any, seed: int, parts: Sequence[str]) -> dict[str, Parameter]:

@@ -16,8 +16,9 @@ from jaxtyping import Shaped
 from emu2_jax.config import LanguageConfig, ModelConfig
 from emu2_jax.errors import WeightsError
 from emu2_jax.weights.files import DTYPES, INDEX_SUFFIX
+from emu2_jax.weights.layout import LAYERS, Layout
 from emu2_jax.weights.names import Form
-from emu2_jax.weights.parameters import Index, Parameter, read, whole
+from emu2_jax.weights.parameters import Parameter, fill, read
 from emu2_jax.weights.state_dict import listed
 from emu2_jax.weights.stream import appearing_whole, check_room
 from emu2_jax.weights.table import Row, Table
@@ -36,17 +37,21 @@ _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 @dataclass(frozen=True)
 class _Item:
-    """One tensor to write."""
+    """One tensor to write, and the parameters that it is made of."""
 
     name: str
-    row: Row
     layer: int | None
-    parameter: Parameter
+    pieces: Sequence[tuple[Layout, Parameter]]
     dtype: np.dtype
 
     @property
+    def layout(self) -> Layout:
+        """Of the first piece: of the stored tensor, all say the same."""
+        return self.pieces[0][0]
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.row.layout.stored_shape) * self.dtype.itemsize
+        return math.prod(self.layout.stored_shape) * self.dtype.itemsize
 
 
 def export(
@@ -90,17 +95,23 @@ def _items(parameters: Mapping[str, Parameter], rows: Table, dtype: np.dtype | N
     lacking = [row.path for row in rows.rows if row.path not in parameters]
     if lacking:
         raise WeightsError(f"form {rows.form!r} needs parameters that are not there: {listed(lacking)}")
-    for stacked, group in groupby(rows.rows, key=lambda row: row.layout.stacked and row.layout.sizes["L"]):
-        members = list(group)
-        for row in members:
-            parameter = parameters[row.path]
-            if tuple(parameter.shape) != row.layout.our_shape:
-                raise WeightsError(f"{row.path}: is {parameter.shape}, the config has {row.layout.our_shape}")
-        layers: Sequence[int | None] = range(row.layout.sizes["L"]) if stacked else (None,)
+    for row in rows.rows:
+        parameter = parameters[row.path]
+        if tuple(parameter.shape) != row.layout.our_shape:
+            raise WeightsError(f"{row.path}: is {parameter.shape}, the config has {row.layout.our_shape}")
+    for count, group in groupby(rows.tensors, key=_layer_count):
+        tensors = list(group)
+        layers: Sequence[int | None] = (None,) if count is None else range(count)
         for layer in layers:
-            for row in members:
-                parameter = parameters[row.path]
-                yield _Item(row.names[layer or 0], row, layer, parameter, dtype or parameter.dtype)
+            for members in tensors:
+                pieces = [(row.layout, parameters[row.path]) for row in members]
+                own = np.result_type(*(parameter.dtype for _, parameter in pieces))
+                yield _Item(members[0].names[layer or 0], layer, pieces, dtype or own)
+
+
+def _layer_count(rows: Sequence[Row]) -> int | None:
+    layout = rows[0].layout
+    return layout.sizes[LAYERS] if layout.stacked else None
 
 
 def _shards(items: Sequence[_Item], shard_bytes: int) -> list[list[_Item]]:
@@ -122,7 +133,7 @@ def _write_safetensors(file: BinaryIO, items: Sequence[_Item], progress: Callabl
     for item in items:
         header[item.name] = {
             "dtype": _DTYPE_NAMES[item.dtype],
-            "shape": list(item.row.layout.stored_shape),
+            "shape": list(item.layout.stored_shape),
             "data_offsets": [at, at + item.nbytes],
         }
         at += item.nbytes
@@ -138,21 +149,22 @@ def _write_safetensors(file: BinaryIO, items: Sequence[_Item], progress: Callabl
 
 def _blocks(item: _Item) -> Iterator[Shaped[np.ndarray, "..."]]:
     """The tensor's elements in the order of the file, in runs of its first axis where it is large."""
-    layout = item.row.layout
-    index: Index = whole(layout.layer_shape)
-    letter = layout.stored_letters[0]
-    axis = layout.our_axes.index((letter,)) if (letter,) in layout.our_axes else None
-    size = layout.sizes[letter]
-    runs = max(1, -(-item.nbytes // PIECE_BYTES)) if axis is not None else 1
-    step = -(-size // runs)
+    first, size, rest = item.layout.stored_letters[0], item.layout.lengths[0], item.layout.lengths[1:]
+    can_cut = all(layout.can_cut(first) for layout, _ in item.pieces)
+    step = -(-size // max(1, -(-item.nbytes // PIECE_BYTES))) if can_cut else size
     before = () if item.layer is None else (slice(item.layer, item.layer + 1),)
     for start in range(0, size, step):
-        part = index if axis is None else (*index[:axis], slice(start, min(start + step, size)), *index[axis + 1 :])
-        array = read(item.parameter, (*before, *part))
-        stored = layout.in_stored_order(array[0] if before else array)
-        yield np.ascontiguousarray(stored if stored.dtype == item.dtype else stored.astype(item.dtype))
-        if axis is None:
-            return
+        stop = min(start + step, size)
+        block = np.empty((stop - start, *rest), item.dtype)
+        for layout, parameter in item.pieces:
+            part = layout.cut(first, start, stop) if can_cut else layout.our_part
+            if part is None:
+                continue
+            array = read(parameter, (*before, *part))
+            run, *inner = layout.stored_index(part)
+            own = (slice(run.start - start, run.stop - start), *inner)
+            fill(block[own], layout.in_stored_order(array[0] if before else array))
+        yield block
 
 
 def hugging_face_config(form: Form, model: ModelConfig, dtype: np.dtype) -> dict[str, Any] | None:
@@ -165,9 +177,23 @@ def hugging_face_config(form: Form, model: ModelConfig, dtype: np.dtype) -> dict
         # `transformers` calls a LLaMA with biases on q, k and v, and none on the output product, Qwen2.
         name = "Qwen2ForCausalLM" if model.language.qkv_bias else "LlamaForCausalLM"
         return {"architectures": [name], **_llama_config(model.language), "torch_dtype": torch_dtype}
+    vision = model.vision
+    if form == "clip_hf":
+        return {
+            "architectures": ["CLIPVisionModel"],
+            "model_type": "clip_vision_model",
+            "hidden_size": vision.width,
+            "intermediate_size": vision.mlp_width,
+            "num_hidden_layers": vision.num_layers,
+            "num_attention_heads": vision.num_heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_act": vision.activation,
+            "layer_norm_eps": vision.layer_norm_epsilon,
+            "torch_dtype": torch_dtype,
+        }
     if form != "emu2_hf":
         return None
-    vision = model.vision
     return {
         "architectures": ["EmuForCausalLM"],
         **_llama_config(model.language),

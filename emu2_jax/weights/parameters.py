@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Shaped
 
 from emu2_jax.weights.files import StoredTensor
-from emu2_jax.weights.layout import Layout
+from emu2_jax.weights.layout import Index, Layout, overlap
 
 #: Bytes of a stored tensor that are in memory at once.
 BLOCK_BYTES = 32 << 20
 
-Index = tuple[slice, ...]  #: into a whole parameter, with start and stop set
-Parts = Sequence[tuple[Index, Shaped[np.ndarray, "..."]]]  #: each with the array, of the index's shape, to fill
+#: Indices into a whole parameter, each with the array, of the index's shape, to fill.
+Parts = Sequence[tuple[Index, Shaped[np.ndarray, "..."]]]
 
 
 class Parameter(Protocol):
@@ -58,49 +58,55 @@ def grid(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[Index]:
 
 
 class StoredParameter:
-    """A parameter as a file holds it: one stored tensor, or one per layer."""
+    """A parameter as a file holds it, in one piece or several: each is one stored tensor, or one per layer."""
 
-    def __init__(self, layout: Layout, tensors: Sequence[StoredTensor]) -> None:
-        assert all(tensor.dtype is not None for tensor in tensors)
-        self.shape = layout.our_shape
-        self.dtype = np.result_type(*{tensor.dtype for tensor in tensors if tensor.dtype})
-        self.stacked = layout.stacked
-        self._layout, self._tensors = layout, tensors
+    def __init__(self, pieces: Sequence[tuple[Layout, Sequence[StoredTensor]]]) -> None:
+        dtypes = {tensor.dtype for _, tensors in pieces for tensor in tensors}
+        assert None not in dtypes
+        layout = pieces[0][0]
+        self.shape, self.stacked = layout.our_shape, layout.stacked
+        self.dtype = np.result_type(*(dtype for dtype in dtypes if dtype))
+        self._pieces = pieces
 
     def read_into(self, parts: Parts) -> None:
         """Fill parts, layer by layer."""
-        if not self.stacked:
-            self._read_layer(self._tensors[0], parts)
-            return
-        for layer, tensor in enumerate(self._tensors):
-            wanted = [
-                (index[1:], array[layer - index[0].start])
-                for index, array in parts
-                if index[0].start <= layer < index[0].stop
-            ]
-            if wanted:
-                self._read_layer(tensor, wanted)
-
-    def _read_layer(self, tensor: StoredTensor, parts: Parts) -> None:
-        views = [(self._layout.stored_index(index), self._layout.in_stored_order(array)) for index, array in parts]
-        _, *rest = (self._layout.sizes[letter] for letter in self._layout.stored_letters)
-        row_size = math.prod(rest)
-        first = min(index[0].start for index, _ in views)
-        last = max(index[0].stop for index, _ in views)
-        step = max(1, BLOCK_BYTES // (row_size * tensor.dtype.itemsize))  # type: ignore[union-attr]
-        for start in range(first, last, step):
-            stop = min(start + step, last)
-            block = tensor.read(start * row_size, stop * row_size).reshape(stop - start, *rest)
-            for index, view in views:
-                a, b = max(start, index[0].start), min(stop, index[0].stop)
-                if a < b:
-                    _copy(
-                        view[a - index[0].start : b - index[0].start], block[(slice(a - start, b - start), *index[1:])]
-                    )
+        for layer in range(self.shape[0] if self.stacked else 1):
+            wanted = parts
+            if self.stacked:
+                wanted = [
+                    (index[1:], array[layer - index[0].start])
+                    for index, array in parts
+                    if index[0].start <= layer < index[0].stop
+                ]
+            for layout, tensors in self._pieces:
+                _read_layer(layout, tensors[layer], wanted)
 
 
-def _copy(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."]) -> None:
-    """Copy, or cast (to nearest, ties to even). Equal dtypes go as integers, which NumPy copies faster."""
+def _read_layer(layout: Layout, tensor: StoredTensor, parts: Parts) -> None:
+    """Fill what a stored tensor holds of parts of one layer, block by block."""
+    views = []
+    for index, array in parts:
+        held = overlap(layout.our_part, index)
+        if held is not None:
+            views.append((layout.stored_index(index), layout.in_stored_order(array[held])))
+    if not views:
+        return
+    _, *rest = layout.lengths
+    row_size = math.prod(rest)
+    first = min(index[0].start for index, _ in views)
+    last = max(index[0].stop for index, _ in views)
+    step = max(1, BLOCK_BYTES // (row_size * tensor.dtype.itemsize))  # type: ignore[union-attr]
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        block = tensor.read(start * row_size, stop * row_size).reshape(stop - start, *rest)
+        for index, view in views:
+            a, b = max(start, index[0].start), min(stop, index[0].stop)
+            if a < b:
+                fill(view[a - index[0].start : b - index[0].start], block[(slice(a - start, b - start), *index[1:])])
+
+
+def fill(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."]) -> None:
+    """Copy into a view, or cast (to nearest, ties to even). Equal dtypes go as integers, which NumPy copies faster."""
     if target.dtype == source.dtype:
         bits = np.dtype(f"u{target.dtype.itemsize}")
         target, source = target.view(bits), source.view(bits)

@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from emu2_jax import sharding
-from emu2_jax.weights.parameters import BLOCK_BYTES, Index, Parameter, whole
+from emu2_jax.weights.layout import Index
+from emu2_jax.weights.parameters import BLOCK_BYTES, Parameter, whole
 from emu2_jax.weights.state_dict import nest
 
 _ALIGNMENT = 64

@@ -25,6 +25,14 @@ class Resolution:
     names: tuple[tuple[Row, tuple[str, ...]], ...]  #: each row with the names, as given, of its layers
     skipped: Mapping[str, str]  #: name -> why it is not needed
 
+    @property
+    def parameters(self) -> dict[str, list[tuple[Row, tuple[str, ...]]]]:
+        """Our path -> the rows that it is made of, with their names."""
+        by_path: dict[str, list[tuple[Row, tuple[str, ...]]]] = {}
+        for row, names in self.names:
+            by_path.setdefault(row.path, []).append((row, names))
+        return by_path
+
 
 def resolve(
     table: Table, shapes: Mapping[str, Sequence[int]], *, source: str, free: Collection[str] = ()
@@ -38,7 +46,8 @@ def resolve(
     missing: list[str] = []
     misshapen: list[str] = []
     used: set[str] = set()
-    for row in table.rows:
+    for rows in table.tensors:
+        row = rows[0]  # name and stored shape are the same in all rows of a tensor
         candidates = [row.named(name) for name in (row.name, *row.aliases)]
         names = max(candidates, key=lambda names: sum(name in shapes for name in names))
         missing += [name for name in names if name not in shapes]
@@ -47,7 +56,7 @@ def resolve(
             if name in shapes and tuple(shapes[name]) != wanted and row.path not in free:
                 misshapen.append(f"{name} is {_dims(shapes[name])}, wanted {_dims(wanted)}")
         used.update(names)
-        found.append((row, names))
+        found += [(row, names) for row in rows]
     skipped = {name: reason for name in shapes if name not in used and (reason := table.skip_reason(name))}
     unexpected = [name for name in shapes if name not in used and name not in skipped]
     if missing or unexpected or misshapen:
@@ -64,22 +73,32 @@ def to_params(
     """The parameter tree that a state dict holds, as NumPy arrays of its own dtypes."""
     resolution = resolve(table, {name: array.shape for name, array in state_dict.items()}, source=source)
     flat = {}
-    for row, names in resolution.names:
-        layers = [row.layout.to_ours(np.asarray(state_dict[name])) for name in names]
-        flat[row.path] = np.stack(layers) if row.layout.stacked else layers[0]
+    for path, pieces in resolution.parameters.items():
+        dtype = np.result_type(*(state_dict[name].dtype for _, names in pieces for name in names))
+        flat[path] = np.empty(pieces[0][0].layout.our_shape, dtype)
+        for row, names in pieces:
+            for name, layer in zip(names, _layers(row, flat[path]), strict=True):
+                row.layout.to_ours(np.asarray(state_dict[name]), layer)
     return nest(flat)
 
 
 def to_state_dict(params: Params, table: Table) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The inverse of `to_params`, under the official names. Parts that `params` has not are left out."""
     flat = flatten(params)
-    state_dict = {}
-    for row in table.only(params).rows:
-        array = np.asarray(flat[row.path])
-        layers = array if row.layout.stacked else array[None]
-        for name, layer in zip(row.names, layers, strict=True):
-            state_dict[name] = np.ascontiguousarray(row.layout.to_stored(layer))
+    state_dict: dict[str, Shaped[np.ndarray, "..."]] = {}
+    for rows in table.only(params).tensors:
+        arrays = [np.asarray(flat[row.path]) for row in rows]
+        dtype = np.result_type(*(array.dtype for array in arrays))
+        stored = {name: np.empty(rows[0].layout.stored_shape, dtype) for name in rows[0].names}
+        for row, array in zip(rows, arrays, strict=True):
+            for tensor, layer in zip(stored.values(), _layers(row, array), strict=True):
+                row.layout.to_stored(layer, tensor)
+        state_dict |= stored
     return state_dict
+
+
+def _layers(row: Row, parameter: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "L ..."]:
+    return parameter if row.layout.stacked else parameter[None]
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +124,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _layer_counts(table: Table, names: Iterable[str]) -> list[str]:
     """What to say of stacks that have another number of layers than the config: that one fact explains many names."""
-    wanted = {row.name.split("{L}")[0]: row.layout.sizes[LAYERS] for row in table.rows if row.layout.stacked}
+    stacked = [row for row in table.rows if row.layout.stacked]
+    wanted = {name.split("{L}")[0]: row.layout.sizes[LAYERS] for row in stacked for name in (row.name, *row.aliases)}
     said = []
     for stem, count in wanted.items():
         numbers = {name.removeprefix(stem).split(".")[0] for name in names if name.startswith(stem)}

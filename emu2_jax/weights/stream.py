@@ -20,7 +20,8 @@ import tensorstore as ts
 
 from emu2_jax.checkpoint import CHUNK_BYTES, CONVERTED_STEP, FOLDER, latest_state, layer_chunks
 from emu2_jax.errors import CheckpointError, WeightsError
-from emu2_jax.weights.parameters import ComputedParameter, Index, Parameter, Parts, grid, read
+from emu2_jax.weights.layout import Index
+from emu2_jax.weights.parameters import ComputedParameter, Parameter, Parts, grid, read
 from emu2_jax.weights.state_dict import flatten, nest
 
 #: A target's disk must have this share more room than the arrays take.

@@ -16,7 +16,10 @@ def numberless(name: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: an official tensor (or one per layer), the parameter that it is, and how it lies there."""
+    """One row of a table: an official tensor (or one per layer), the parameter that it is, and how it lies there.
+
+    A tensor may be several parameters and a parameter several tensors: then several rows have the name or the path.
+    """
 
     name: str  #: official; `{L}` stands for the number of a layer
     path: str  #: ours, from the part on
@@ -42,6 +45,16 @@ class Table:
     rows: tuple[Row, ...]
     skipped: tuple[tuple[str, str], ...]
 
+    @property
+    def tensors(self) -> tuple[tuple[Row, ...], ...]:
+        """The rows of each official name: the parameters that a tensor is made of."""
+        return _grouped((row.name, row) for row in self.rows)
+
+    @property
+    def parameters(self) -> dict[str, tuple[Row, ...]]:
+        """Our path -> its rows: the tensors that a parameter is made of."""
+        return {rows[0].path: rows for rows in _grouped((row.path, row) for row in self.rows)}
+
     def skip_reason(self, name: str) -> str | None:
         """Why the tensor of this name is known and not needed; None if it is not known as that."""
         return next((reason for pattern, reason in self.skipped if re.fullmatch(pattern, name)), None)
@@ -66,3 +79,10 @@ class Table:
     def parts(self) -> tuple[str, ...]:
         """Parts that the form holds, in the order of its rows."""
         return tuple(dict.fromkeys(row.path.split("/")[0] for row in self.rows))
+
+
+def _grouped(rows: Iterable[tuple[str, Row]]) -> tuple[tuple[Row, ...], ...]:
+    groups: dict[str, list[Row]] = {}
+    for key, row in rows:
+        groups.setdefault(key, []).append(row)
+    return tuple(tuple(group) for group in groups.values())

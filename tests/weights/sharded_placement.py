@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tiny
+from tiny_weights import model_of
 
 from emu2_jax import sharding
 from emu2_jax.config import MeshConfig
@@ -22,11 +23,12 @@ from emu2_jax.weights.convert import Source, import_weights
 from emu2_jax.weights.state_dict import flatten
 
 
-def main(path: Path) -> None:
+def check(path: Path) -> None:
     """Place the tiny model of a file on two meshes, layer by layer and in one run of all layers."""
-    model = tiny.CONFIG.model
+    source = Source.open(str(path))
+    model = model_of(source.form)
     wanted = flatten(tiny.random_parameters(lambda key: emu2.init(model, key)))
-    imported = import_weights([Source.open(str(path))], ["visual_encoder", "language_model", "project_up"], model)
+    imported = import_weights([source], ["visual_encoder", "language_model", "project_up"], model)
     meshes = (1, MeshConfig(data=2, fsdp=2, tensor=2)), (1 << 20, MeshConfig(fsdp=4, tensor=2))
     for block_bytes, mesh_config in meshes:
         mesh = sharding.make_mesh(mesh_config)
@@ -35,8 +37,9 @@ def main(path: Path) -> None:
             np.testing.assert_array_equal(array, wanted[name], err_msg=name)
             spec = sharding.spec(name, array.shape, mesh.shape)
             assert array.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), array.ndim), name
-    print("same on 8 devices")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for argument in sys.argv[1:]:
+        check(Path(argument))
+    print("same on 8 devices")

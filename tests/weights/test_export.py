@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors
-from tiny_weights import BFLOAT16, MODEL
+from tiny_weights import BFLOAT16, CLIP_FORMS, MODEL, model_of
 
 from emu2_jax.config import ModelConfig
 from emu2_jax.errors import WeightsError
@@ -28,11 +28,13 @@ def computed(tree: Any) -> dict[str, Parameter]:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
-@pytest.mark.parametrize("form", ["emu2", "emu2_hf", "llama_hf"])
-def test_the_library_reads_what_the_index_says(tmp_path: Path, params: dict[str, Any], form: Form, dtype: Any) -> None:
-    cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    rows = table(form, MODEL)
-    names = export(computed(cast), rows, tmp_path / "out", shard_bytes=9000)
+@pytest.mark.parametrize("form", ["emu2", "emu2_hf", "llama_hf", *CLIP_FORMS])
+def test_the_library_reads_what_the_index_says(
+    tmp_path: Path, params: dict[str, Any], clip_params: dict[str, Any], form: Form, dtype: Any
+) -> None:
+    cast = jax.tree.map(lambda x: x.astype(dtype), clip_params if form in CLIP_FORMS else params)
+    rows = table(form, model_of(form))
+    names = export(computed(cast), rows, tmp_path / "out", shard_bytes=5000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     wanted = to_state_dict(cast, rows)
     assert index["weight_map"].keys() == wanted.keys()
@@ -49,17 +51,25 @@ def test_the_library_reads_what_the_index_says(tmp_path: Path, params: dict[str,
             for name in opened.keys():  # noqa: SIM118
                 np.testing.assert_array_equal(opened.get_tensor(name), wanted[name], err_msg=name, strict=True)
         own = sum(wanted[name].nbytes for name, where in index["weight_map"].items() if where == file)
-        assert own <= 9000 or sum(where == file for where in index["weight_map"].values()) == 1
+        assert own <= 5000 or sum(where == file for where in index["weight_map"].values()) == 1
 
 
+@pytest.mark.parametrize("form", ["emu2", *CLIP_FORMS])
+@pytest.mark.parametrize("piece_bytes", [100, 500])
 def test_large_tensors_are_written_in_runs(
-    tmp_path: Path, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    params: dict[str, Any],
+    clip_params: dict[str, Any],
+    form: Form,
+    piece_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export_lib, "PIECE_BYTES", 500)
-    rows = table("emu2", MODEL)
-    export(computed(params), rows, tmp_path / "out")
+    monkeypatch.setattr(export_lib, "PIECE_BYTES", piece_bytes)
+    own = clip_params if form in CLIP_FORMS else params
+    rows = table(form, model_of(form))
+    export(computed(own), rows, tmp_path / "out")
     opened = open_weights(str(tmp_path / "out"))
-    for name, array in to_state_dict(params, rows).items():
+    for name, array in to_state_dict(own, rows).items():
         np.testing.assert_array_equal(opened[name].array(), array, err_msg=name, strict=True)
 
 

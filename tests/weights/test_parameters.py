@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_weights import BFLOAT16, MODEL, save, save_form
+from tiny_weights import BFLOAT16, CLIP_FORMS, CLIP_MODEL, MODEL, model_of, save, save_form
 
 from emu2_jax.errors import WeightsError
 from emu2_jax.models.eva_vit import resize_position_embedding
 from emu2_jax.weights import parameters as parameters_lib
 from emu2_jax.weights.convert import Source, import_weights
-from emu2_jax.weights.names import table
-from emu2_jax.weights.parameters import ComputedParameter, Index, grid, read, whole
+from emu2_jax.weights.layout import Index
+from emu2_jax.weights.names import FORMS, Form, table
+from emu2_jax.weights.parameters import ComputedParameter, grid, read, whole
 from emu2_jax.weights.state_dict import flatten, to_state_dict
 
 PARTS = ("visual_encoder", "project_up", "language_model", "project_down")
@@ -37,13 +38,21 @@ def sharded(path: str, shape: tuple[int, ...]) -> list[Index]:
 
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("form", ["emu2_hf", *CLIP_FORMS])
 def test_every_slice_is_the_slice_of_the_whole(
-    tmp_path: Path, params: dict[str, Any], block_bytes: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    params: dict[str, Any],
+    clip_params: dict[str, Any],
+    form: Form,
+    block_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parameters_lib, "BLOCK_BYTES", block_bytes)
-    source = Source.open(str(save_form(tmp_path / "x.safetensors", params, "emu2_hf")))
-    imported = import_weights([source], PARTS, MODEL).parameters
-    for path, wanted in flatten(params).items():
+    own = clip_params if form in CLIP_FORMS else params
+    source = Source.open(str(save_form(tmp_path / "x.safetensors", own, form)))
+    imported = import_weights([source], PARTS, model_of(form)).parameters
+    assert imported.keys() == flatten(own).keys()
+    for path, wanted in flatten(own).items():
         parts = [(index, np.empty(wanted[index].shape, np.float32)) for index in sharded(path, wanted.shape)]
         imported[path].read_into(parts)
         for index, array in parts:
@@ -148,13 +157,67 @@ def test_sources_combine_and_do_not_overlap(tmp_path: Path, params: dict[str, An
         import_weights([llama], ["visual_encoder", "unet"], MODEL)
 
 
-def test_forms_are_recognised_by_names_alone(tmp_path: Path, params: dict[str, Any]) -> None:
-    for form in ("emu2", "emu2_hf", "llama_hf", "eva_timm", "eva_open_clip", "eva_clip"):
-        assert Source.open(str(save_form(tmp_path / "x.safetensors", params, form))).form == form  # type: ignore[arg-type]
+def test_forms_are_recognised_by_names_alone(
+    tmp_path: Path, params: dict[str, Any], clip_params: dict[str, Any]
+) -> None:
+    for form in FORMS:
+        if form not in ("unet", "vae"):
+            own = clip_params if form in CLIP_FORMS else params
+            assert Source.open(str(save_form(tmp_path / "x.safetensors", own, form))).form == form
     with pytest.raises(WeightsError, match=r"its names \(a, b\) are of none of the forms emu2, emu2_hf"):
         Source.open(str(save(tmp_path / "x.safetensors", {"a": np.zeros(1), "b": np.zeros(1)})))
     with pytest.raises(WeightsError, match="'emu3' is none of the forms"):
         Source.open("emu3=/somewhere")
+
+
+TEXT_TOWERS: dict[Form, list[str]] = {
+    "clip_hf": [
+        "logit_scale",
+        "text_projection.weight",
+        "text_model.embeddings.token_embedding.weight",
+        *(f"text_model.encoder.layers.{i}.{x}" for i in range(12) for x in ("mlp.fc1.weight", "layer_norm1.bias")),
+    ],
+    "clip_open_clip": [
+        "logit_scale",
+        "text_projection",
+        "positional_embedding",
+        "token_embedding.weight",
+        "ln_final.bias",
+        "context_length",
+        *(f"transformer.resblocks.{i}.{x}" for i in range(12) for x in ("mlp.c_fc.weight", "attn.in_proj_bias")),
+    ],
+}
+HEADS = {
+    "clip_hf": ["vision_model.embeddings.position_ids", "visual_projection.weight"],
+    "clip_open_clip": ["visual.proj"],
+}
+
+
+@pytest.mark.parametrize("form", ["clip_hf", "clip_open_clip"])
+def test_all_of_clip_comes_in_by_its_visual_encoder(tmp_path: Path, clip_params: dict[str, Any], form: Form) -> None:
+    """The text tower and the head are known; so is the final norm, when the model has none."""
+    vision = dataclasses.replace(CLIP_MODEL.vision, final_norm=False)
+    extra = {name: np.zeros((3,), np.float32) for name in (*TEXT_TOWERS[form], *HEADS[form])}
+    state_dict = to_state_dict(clip_params, table(form, CLIP_MODEL))
+    source = Source.open(str(save(tmp_path / "clip.safetensors", {**extra, **state_dict})))
+    assert source.form == form
+    imported = import_weights([source], PARTS, dataclasses.replace(CLIP_MODEL, vision=vision))
+    assert not any("final_norm" in path for path in imported.parameters)
+    assert sum(int(note.split(": ")[1].split()[0]) for note in imported.notes[1:]) == len(extra) + 2
+    for path, parameter in imported.parameters.items():
+        np.testing.assert_array_equal(read(parameter, whole(parameter.shape)), flatten(clip_params)[path])
+
+
+@pytest.mark.parametrize("form", CLIP_FORMS)
+def test_positions_of_clip_are_resized_too(tmp_path: Path, clip_params: dict[str, Any], form: Form) -> None:
+    small = clip_params["visual_encoder"]["position_embedding"][:5]
+    resized = {"visual_encoder": {**clip_params["visual_encoder"], "position_embedding": small}}
+    vision = dataclasses.replace(CLIP_MODEL.vision, image_size=4)
+    state_dict = to_state_dict(resized, table(form, dataclasses.replace(CLIP_MODEL, vision=vision)))
+    source = Source.open(str(save(tmp_path / "clip.safetensors", state_dict)))
+    parameter = import_weights([source], PARTS, CLIP_MODEL).parameters["visual_encoder/position_embedding"]
+    wanted = resize_position_embedding(jax.numpy.asarray(small), 17)
+    np.testing.assert_array_equal(read(parameter, whole(parameter.shape)), wanted)
 
 
 def test_computed_parameters_are_forgotten() -> None:
