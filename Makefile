@@ -31,6 +31,7 @@ test-parity: $(PARITY)/ready $(PARITY_TOKENIZER)/ready
 
 goldens: $(PARITY)/ready $(PARITY_TOKENIZER)/ready
 	$(PARITY)/bin/python tests/parity/measure.py --write
+	$(PARITY)/bin/python tests/parity/measure_diffusers.py --write
 	@if [ -n "$(EMU2_LLAMA_TOKENIZER)" ]; then $(PARITY)/bin/python tests/parity/tokenizer_reference.py; fi
 
 setup: $(READY)

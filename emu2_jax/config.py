@@ -14,7 +14,7 @@ from typing import Literal
 from emu2_jax.errors import ConfigError
 
 #: The parts a parameter can belong to: the top-level keys of the parameter tree.
-Part = Literal["visual_encoder", "project_up", "language_model", "project_down", "unet"]
+Part = Literal["visual_encoder", "project_up", "language_model", "project_down", "unet", "vae"]
 
 #: What a sample of a source is made of, and what sequence it becomes (docs/data.md).
 SampleKind = Literal["image_text", "video_text", "interleaved", "grounded", "text"]
@@ -197,15 +197,18 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """A U-Net of the SDXL family. Defaults: Emu2's decoder (release `unet/config.json`)."""
+    """A U-Net of the SDXL or Stable Diffusion 2 family. Defaults: Emu2's decoder (release `unet/config.json`)."""
 
     in_channels: int = 4  #: latent channels
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280)
     layers_per_block: int = 2
     transformer_layers_per_block: tuple[int, ...] = (0, 2, 10)  #: 0 = no attention at that level
+    mid_transformer_layers: int | None = None  #: at the bottom; None = those of the last level (SD 2.1: 1, above none)
     num_attention_heads: tuple[int, ...] = (5, 10, 20)
     cross_attention_width: int = 1792  #: width of a visual embedding
+    micro_conditions: bool = True  #: the network is told sizes, crop and the pooled condition (SD 2.1: no)
+    pooled_width: int | None = None  #: of the pooled condition; None = cross_attention_width: the embeddings' mean
     time_id_width: int = 256  #: sinusoidal channels of each of the six micro-conditions
     norm_groups: int = 32
     norm_epsilon: float = 1e-5  #: GroupNorm of the residual blocks (release: 1e-5)
@@ -214,10 +217,22 @@ class UNetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """An AutoencoderKL. Defaults: SDXL's, which is Emu2's (release `vae/config.json`)."""
+
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  #: each level but the last halves the image
+    layers_per_block: int = 2  #: residual blocks per level of the encoder; the decoder has one more
+    norm_groups: int = 32
+    norm_epsilon: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The visual decoder: a diffusion model on frozen visual embeddings (paper section 2.3 and table 7)."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)  #: of decoder.latent = autoencoder_kl
     latent: Literal["space_to_depth", "autoencoder_kl"] = "autoencoder_kl"  #: what stands between pixels and latents
     latent_factor: int = 8  #: pixels per latent position along one side
     latent_scale: float = 0.13025  #: latents are multiplied by this (SDXL's VAE)
@@ -227,7 +242,10 @@ class DecoderConfig:
     beta_end: float = 0.012
     prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"  #: what the U-Net gives; paper: the noise
     zero_terminal_snr: bool = False  #: rescale the schedule so that the last timestep is noise alone (paper: no)
-    timestep_spacing: Literal["leading", "trailing"] = "leading"  #: where sampling starts: short of the end, or at it
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = (
+        "leading"  #: sampling starts short of the end, or at it
+    )
+    steps_offset: int = 1  #: added to the timesteps of "leading" spacing (release `scheduler_config.json`)
     noise_offset: float = 0.1  #: std of a shift of the noise shared by all positions of a channel
     min_snr_gamma: float | None = None  #: min-SNR loss weighting; None = off (paper)
     condition_dropout: float = 0.1  #: share of samples trained on the null condition
@@ -315,14 +333,20 @@ def _validate_optimizer(config: ExperimentConfig) -> None:
         value = getattr(optimizer, name)
         _require(value is None or value >= 0, f"optimizer.{name}", "must not be negative")
     decoder = config.train.task == "decoder"
-    parts: tuple[str, ...] = ("visual_encoder", "unet") if decoder else ("visual_encoder", "project_up", "project_down")
-    parts = parts if decoder else (*parts, "language_model")
+    vae = ("vae",) if config.decoder.latent == "autoencoder_kl" else ()
+    parts: tuple[str, ...] = ("visual_encoder", "project_up", "project_down", "language_model")
+    parts = ("visual_encoder", "unet", *vae) if decoder else parts
     _require(bool(set(parts) - set(optimizer.frozen)), "optimizer.frozen", "leaves nothing to train")
     _require(set(optimizer.frozen) <= set(parts), "optimizer.frozen", f"names a part that is not of {', '.join(parts)}")
     _require(
         not decoder or "visual_encoder" in optimizer.frozen,
         "optimizer.frozen",
         "must hold visual_encoder: the decoder trains on frozen embeddings",
+    )
+    _require(
+        not (decoder and vae) or "vae" in optimizer.frozen,
+        "optimizer.frozen",
+        "must hold vae: the decoder trains on the latents of a frozen VAE",
     )
     _require(
         decoder or bool(config.objective.regression_loss_weight) or "project_down" in optimizer.frozen,
@@ -411,13 +435,21 @@ def _validate_source(config: ExperimentConfig, source: SourceConfig, path: str) 
 
 
 def _validate_decoder(config: ExperimentConfig) -> None:
-    decoder, unet = config.decoder, config.decoder.unet
+    decoder, unet, vae = config.decoder, config.decoder.unet, config.decoder.vae
     levels = len(unet.block_out_channels)
     for field_name in ("transformer_layers_per_block", "num_attention_heads"):
         path = f"decoder.unet.{field_name}"
         _require(len(getattr(unet, field_name)) == levels, path, f"needs {levels} entries, one per level of the U-Net")
     _require_positive(decoder, "decoder", "latent_factor", "num_sampling_steps", "num_train_timesteps", "batch_images")
     _require(0 <= decoder.condition_dropout <= 1, "decoder.condition_dropout", "must lie in [0, 1]")
+    _require(decoder.steps_offset >= 0, "decoder.steps_offset", "must not be negative")
+    if decoder.latent == "autoencoder_kl":
+        _require_positive(vae, "decoder.vae", "latent_channels", "layers_per_block", "norm_groups")
+        groups = vae.norm_groups
+        divides = bool(vae.block_out_channels) and all(width % groups == 0 for width in vae.block_out_channels)
+        _require(divides, "decoder.vae.block_out_channels", f"must be multiples of decoder.vae.norm_groups = {groups}")
+        factor = 2 ** (len(vae.block_out_channels) - 1)
+        _require(decoder.latent_factor == factor, "decoder.latent_factor", f"must be {factor}, as decoder.vae has it")
     multiple = decoder.latent_factor * 2 ** (levels - 1)
     _require(decoder.image_size % multiple == 0, "decoder.image_size", f"must be a multiple of {multiple}")
     _require(

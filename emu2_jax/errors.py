@@ -23,3 +23,7 @@ class CheckpointError(UserError):
 
 class WeightsError(UserError):
     """A weight file cannot be used. The message names the file, and the tensor where there is one."""
+
+
+class NotFiniteError(UserError):
+    """A network gave numbers that are not finite. The message names the network."""

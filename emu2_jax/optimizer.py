@@ -56,6 +56,14 @@ def split_frozen(config: OptimizerConfig, params: Mapping[str, Any]) -> tuple[di
     return trained, {part: tree for part, tree in params.items() if part not in trained}
 
 
+def cast_frozen(frozen_dtype: str, frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts that do not train, as they are stored; the VAE stays in float32 (SDXL's overflows in half precision)."""
+    return {
+        part: tree if part == "vae" else jax.tree.map(lambda x: x.astype(frozen_dtype), tree)
+        for part, tree in frozen.items()
+    }
+
+
 def build(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Clip by global norm, Adam, decoupled weight decay on matrices, per-part learning rates; trained parts only."""
     relative = relative_schedule(config, num_steps)

@@ -136,7 +136,7 @@ def build_program(task: Task, config: ExperimentConfig, devices: list[jax.Device
         key = jax.random.key(config.train.seed)
         params = dict(task.init(jax.random.fold_in(key, 0)))
         trained, frozen = optimizer_lib.split_frozen(config.optimizer, params)
-        frozen = jax.tree.map(lambda x: x.astype(config.model.frozen_dtype), frozen)
+        frozen = optimizer_lib.cast_frozen(config.model.frozen_dtype, frozen)
         return {
             "step": jnp.zeros((), jnp.int32),
             "params": {**trained, **frozen},

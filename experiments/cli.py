@@ -52,7 +52,7 @@ Parts that no file holds are drawn at random. Examples:
 #: As `emu2_jax.weights.names.FORMS`, which `--help` need not wait for.
 FORMS = (
     "emu2", "emu2_hf", "llama_hf", "eva_timm", "eva_open_clip", "eva_clip",
-    "vit_timm", "clip_hf", "clip_open_clip", "unet",
+    "vit_timm", "clip_hf", "clip_open_clip", "unet", "vae",
 )  # fmt: skip
 
 ENCODE_EPILOG = """\

@@ -18,7 +18,7 @@ from emu2_jax.config import (
 
 
 def decoder() -> ExperimentConfig:
-    """Noise prediction at 1024 px; only the U-Net trains; no language model in memory."""
+    """Noise prediction at 1024 px in the latents of SDXL's VAE; only the U-Net trains; no language model in memory."""
     return ExperimentConfig(
         name="emu2_37b_decoder",
         model=ModelConfig(),
@@ -31,7 +31,7 @@ def decoder() -> ExperimentConfig:
         ),
         optimizer=OptimizerConfig(
             learning_rate=1e-4,
-            frozen=("visual_encoder",),
+            frozen=("visual_encoder", "vae"),
             schedule="linear",
             warmup_steps=2_500,  # table 7; the text says 2,000
             beta1=0.9,

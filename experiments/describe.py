@@ -40,10 +40,7 @@ def describe(config: ExperimentConfig, provenance: overrides.Provenance) -> str:
     lines += _parts_table(config, shapes)
     lines += ["", image_reading(config), "", "largest batch (global)"]
     lines += [f"  {name:<14} {dims!s:<26} {dtype}" for name, (dims, dtype) in batch.items()]
-    if config.train.task == "decoder" and config.decoder.latent == "autoencoder_kl":
-        lines += ["", "decoder.latent = autoencoder_kl: the VAE's network is not part of this version; shapes only"]
-    else:
-        _check_batch(task, shapes, batch)
+    _check_batch(task, shapes, batch)
     flops = task.model_flops({name: dims for name, (dims, _) in batch.items()})
     lines += ["", f"model FLOPs per step: {flops:.3e}"]
     return "\n".join(lines)

@@ -111,6 +111,11 @@ def encode_crops(config: ExperimentConfig, workdir: Path, source: str, out: Path
     """
     if config.train.task != "decoder":
         raise ConfigError(f"--crops: {config.name} trains no visual decoder; leave it out for pretraining")
+    if config.decoder.latent != "space_to_depth":
+        raise ConfigError(
+            f"decoder.latent: got {config.decoder.latent!r}; --crops stores latents of 'space_to_depth' alone, those of "
+            "a VAE are worked out in training"
+        )
     own = [one for one in config.data.sources if one.name == source and one.kind == "image_text"]
     if not own:
         raise ConfigError(f"--source: {config.name} has no source {source!r} of image-text pairs")
@@ -186,7 +191,7 @@ def compiled(
         arrays = {EMBEDDINGS: encode_images(config.model, params, images).astype(jnp.bfloat16)}
         if crops:
             pixels = images.astype(jnp.float32) / 127.5 - 1.0
-            arrays[LATENT] = open_codec(config.decoder).encode(pixels).astype(jnp.bfloat16)
+            arrays[LATENT] = open_codec(config.decoder, {}).encode(pixels).astype(jnp.bfloat16)
         return arrays
 
     return jax.jit(run, out_shardings=sharding.batch_sharding(mesh))

@@ -18,6 +18,7 @@ from emu2_jax.checkpoint import FOLDER
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.errors import ConfigError
 from emu2_jax.weights.convert import adapted, recognise
+from emu2_jax.weights.diffusers_weights import fit_condition
 from emu2_jax.weights.files import missing_files, open_weights
 from emu2_jax.weights.names import Form, all_names, official_shapes, table
 from emu2_jax.weights.state_dict import resolve
@@ -109,6 +110,10 @@ def _file_entries(path: str, config: ExperimentConfig | None) -> tuple[list[_Ent
     if config is not None:
         rows = table(form, config.model, config.decoder)
         shapes = {name: tensor.shape for name, tensor in opened.items()}
+        if form == "unet":
+            fitted = fit_condition(opened, config.decoder.unet, jax.random.key(0), source=path)
+            shapes = {name: tensor.shape for name, tensor in fitted.tensors.items()}
+            title = "\n".join([title, *fitted.notes])
         resolution = resolve(rows, shapes, source=path, free=adapted(form))
         title += f"\n{_all_resolved(config, len(opened), len(resolution.skipped))}"
     part_of = _part_finder(form)

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -16,6 +17,7 @@ from emu2_jax import overrides
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.errors import WeightsError
 from emu2_jax.weights.convert import Source, import_weights, random_parameters
+from emu2_jax.weights.diffusers_config import unet_json, vae_json
 from emu2_jax.weights.export import export, hugging_face_config
 from emu2_jax.weights.names import Form, official_shapes, table
 from emu2_jax.weights.parameters import Parameter
@@ -46,7 +48,8 @@ def convert(
     shapes = flatten(jax.eval_shape(init, jax.random.key(0)))
     parts = list(dict.fromkeys(path.split("/")[0] for path in shapes))
     tokenizer_note = _check_tokenizer(config)
-    imported = import_weights([Source.open(text) for text in sources], parts, config.model, config.decoder)
+    opened = [Source.open(text) for text in sources]
+    imported = import_weights(opened, parts, config.model, config.decoder, seed=config.train.seed)
     held = {path.split("/")[0] for path in imported.parameters}
     fresh = [part for part in parts if part not in held]
     drawn = random_parameters(init, config.train.seed, fresh) if fresh else {}
@@ -93,10 +96,19 @@ def export_weights(workdir: Path, form: Form, folder: Path, *, dtype: str, shard
             folder,
             dtype=wanted,
             shard_bytes=round(shard_gb * 1e9),
-            config=hugging_face_config(form, config.model, files_dtype or np.dtype(np.float32)),
+            config=_file_config(form, config, files_dtype or np.dtype(np.float32)),
             progress=advance,
         )
     print(f"{folder}: {len(names)} files, {total:,} parameters in form {form}")
+
+
+def _file_config(form: Form, config: ExperimentConfig, dtype: np.dtype) -> dict[str, Any] | None:
+    """The config.json beside the files of a form; None where there is none."""
+    if form == "unet":
+        return unet_json(config.decoder.unet)
+    if form == "vae":
+        return vae_json(config.decoder.vae, config.decoder.latent_scale)
+    return hugging_face_config(form, config.model, dtype)
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ UNET = UNetConfig(
 )
 
 
-DECODER_TASK: dict[str, Any] = {"train.task": "decoder", "optimizer.frozen": ("visual_encoder",)}
+DECODER_TASK: dict[str, Any] = {"train.task": "decoder", "optimizer.frozen": ("visual_encoder", "vae")}
 
 
 def test_a_good_decoder_passes(tiny_config: ExperimentConfig) -> None:
@@ -111,9 +111,19 @@ def test_a_decoder_trains_on_a_frozen_encoder(tiny_config: ExperimentConfig) -> 
         validate(config)
 
 
+def test_a_decoder_trains_on_a_frozen_vae_where_there_is_one(tiny_config: ExperimentConfig) -> None:
+    without = DECODER_TASK | {"decoder.unet": UNET, "optimizer.frozen": ("visual_encoder",)}
+    with pytest.raises(ConfigError, match=r"^optimizer.frozen: must hold vae"):
+        validate(changed(tiny_config, without))
+    validate(changed(tiny_config, without | {"decoder.latent": "space_to_depth"}))
+
+
 @pytest.mark.parametrize(
     ("path", "values"),
     [
+        ("decoder.vae.block_out_channels", {"decoder.vae.norm_groups": 48}),
+        ("decoder.latent_factor", {"decoder.latent_factor": 4}),
+        ("decoder.steps_offset", {"decoder.steps_offset": -1}),
         ("decoder.unet.transformer_layers_per_block", {"decoder.unet.transformer_layers_per_block": (1,)}),
         ("decoder.unet.num_attention_heads", {"decoder.unet.num_attention_heads": (1, 2, 4)}),
         ("decoder.image_size", {"decoder.image_size": 1000}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any, cast
 
@@ -14,8 +15,10 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from emu2_jax import optimizer, sharding
-from emu2_jax.config import MeshConfig, OptimizerConfig
+from emu2_jax.config import DecoderConfig, MeshConfig, OptimizerConfig, TrainConfig, UNetConfig
+from emu2_jax.diffusion.decoder import DecoderTask
 from emu2_jax.errors import ConfigError
+from emu2_jax.train import build_program
 
 #: 16 devices that need not be there.
 MESH = cast(Mesh, AbstractMesh((2, 4, 2), sharding.AXES))
@@ -54,6 +57,11 @@ def shapes() -> dict[str, Any]:
             (10, 1280, 1280),
             P(None, None, "fsdp"),
         ),
+        ("vae/encoder/down_blocks/0/resnets/0/conv1/kernel", (3, 3, 8, 16), P(None, None, None, "fsdp")),
+        ("vae/encoder/conv_out/kernel", (3, 3, 512, 8), P(None, None, "fsdp", None)),
+        ("vae/quant_conv/kernel", (1, 1, 8, 8), P(None, None, None, None)),
+        ("vae/post_quant_conv/bias", (4,), P(None)),
+        ("vae/decoder/mid_block/attentions/0/to_out/kernel", (512, 512), P(None, "fsdp")),
     ],
 )
 def test_where_a_parameter_lies(path: str, shape: tuple[int, ...], expected: P) -> None:
@@ -63,6 +71,7 @@ def test_where_a_parameter_lies(path: str, shape: tuple[int, ...], expected: P) 
 @pytest.mark.parametrize(
     ("path", "shape", "message"),
     [
+        ("vae/encoder/scale_shift", (8,), "vae/encoder/scale_shift: no sharding rule matches"),
         ("language_model/rotary", (8,), "language_model/rotary: no sharding rule matches"),
         (
             "language_model/blocks/layers/attention/query",
@@ -153,3 +162,21 @@ def test_batches_must_divide_over_micro_batches_and_devices() -> None:
     sharding.check_batch(48, 3, MESH, "data.global_batch_rows")
     with pytest.raises(ConfigError, match=r"^data\.global_batch_rows: 40 rows .* take a multiple of 24$"):
         sharding.check_batch(40, 3, MESH, "data.global_batch_rows")
+
+
+def test_a_frozen_vae_stays_in_float32_and_has_no_moments() -> None:
+    """Where the other frozen parts are stored in half precision; nothing is allocated."""
+    unet = UNetConfig(block_out_channels=(32, 64), transformer_layers_per_block=(0, 1), num_attention_heads=(1, 2))
+    decoder = DecoderConfig(unet=dataclasses.replace(unet, cross_attention_width=16), image_size=64)
+    model = dataclasses.replace(tiny.CONFIG.model, frozen_dtype="bfloat16")
+    config = dataclasses.replace(
+        tiny.CONFIG,
+        model=model,
+        decoder=decoder,
+        optimizer=OptimizerConfig(frozen=("visual_encoder", "vae")),
+        train=TrainConfig(task="decoder"),
+    )
+    state = build_program(DecoderTask(config), config, jax.devices()[:1]).abstract_state
+    dtypes = {part: {leaf.dtype.name for leaf in jax.tree.leaves(tree)} for part, tree in state["params"].items()}
+    assert dtypes == {"unet": {"float32"}, "vae": {"float32"}, "visual_encoder": {"bfloat16"}}
+    assert "vae" not in str(tiny.leaf_paths(state["opt_state"]))

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from emu2_jax.config import DecoderConfig, ExperimentConfig, ModelConfig
 from emu2_jax.diffusion import schedule
+from emu2_jax.diffusion.sampler import denoise, guided
 from emu2_jax.diffusion.unet import UNet, check
-from emu2_jax.diffusion.vae import latent_channels, open_codec
-from emu2_jax.errors import ConfigError
+from emu2_jax.diffusion.vae import init_vae, latent_channels, open_codec
+from emu2_jax.errors import ConfigError, NotFiniteError
 from emu2_jax.metrics import count_flops
 from emu2_jax.models.emu2 import encode_images, encode_normalized, init_visual_encoder
 from emu2_jax.task import Batch, Losses, Params, Term
@@ -46,12 +47,15 @@ class DecoderTask:
         self.coefficients: Mapping[str, float] = {"noise": 1.0}
 
     def init(self, key: PRNGKeyArray) -> Params:
-        """Random parameters of the visual encoder and the U-Net."""
+        """Random parameters of the visual encoder, the U-Net and, where latents are its, the VAE."""
         encoder_key, unet_key = jax.random.split(key)
-        return {
+        params = {
             "visual_encoder": init_visual_encoder(self.model, encoder_key),
             "unet": init_unet(self.decoder, unet_key),
         }
+        if self.decoder.latent == "autoencoder_kl":
+            params["vae"] = init_vae(self.decoder.vae, jax.random.fold_in(key, 2))
+        return params
 
     def term_weights(self, batch: Batch) -> Mapping[str, Float[Array, ""]]:
         """How many images of the batch count."""
@@ -60,7 +64,7 @@ class DecoderTask:
     def losses(self, params: Params, batch: Batch, key: PRNGKeyArray) -> Losses:
         """Squared error of the prediction at one random timestep per image, averaged over the latent."""
         timestep_key, noise_key, dropout_key = jax.random.split(key, 3)
-        clean = self.latents(batch)
+        clean = self.latents(params, batch, jax.random.fold_in(key, 3))
         timesteps = jax.random.randint(timestep_key, clean.shape[:1], 0, self.decoder.num_train_timesteps)
         alpha_bar = jnp.asarray(alpha_bars(self.decoder), jnp.float32)[timesteps]
         noise = draw_noise(noise_key, clean.shape, self.decoder.noise_offset)
@@ -78,16 +82,18 @@ class DecoderTask:
             weighted = errors
         else:
             weighted = errors * schedule.min_snr_weight(alpha_bar, self.decoder.min_snr_gamma, self.decoder.prediction)
-        return Losses(
-            terms={"noise": Term((weight * weighted).sum(), weight.sum())},
-            metrics=self._by_noise_level(errors, weight, timesteps),
-        )
+        metrics = self._by_noise_level(errors, weight, timesteps)
+        if self.decoder.latent == "autoencoder_kl":
+            # About 1 with the VAE that latent_scale belongs to; where the VAE fails, its name is among what is bad.
+            metrics["vae_latent_square"] = Term((weight * jnp.square(clean).mean((1, 2, 3))).sum(), weight.sum())
+        return Losses(terms={"noise": Term((weight * weighted).sum(), weight.sum())}, metrics=metrics)
 
-    def latents(self, batch: Batch) -> Float[Array, "B H W C"]:
-        """What the codec makes of the batch's images, float32."""
+    def latents(self, params: Params, batch: Batch, key: PRNGKeyArray) -> Float[Array, "B H W C"]:
+        """What the U-Net learns to restore, float32: stored, or one draw from what the codec makes of each image."""
         if "latents" in batch:
             return batch["latents"].astype(jnp.float32)
-        return open_codec(self.decoder).encode(batch["images"].astype(jnp.float32) / 127.5 - 1.0)
+        codec = open_codec(self.decoder, params)
+        return jax.lax.stop_gradient(codec.encode(batch["images"].astype(jnp.float32) / 127.5 - 1.0, key))
 
     def condition(self, params: Params, batch: Batch, key: PRNGKeyArray) -> Float[Array, "B N D"]:
         """Embeddings of the batch's images, a random share of them replaced by the null; no gradient."""
@@ -113,7 +119,7 @@ class DecoderTask:
         return metrics
 
     def model_flops(self, batch_shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Model FLOPs of one step (`task.Task.model_flops`): U-Net forward and backward, frozen encoder forward."""
+        """Model FLOPs of one step (`task.Task.model_flops`): U-Net forward and backward, frozen encoders forward."""
         count, size = batch_shapes["weight"][0], self.decoder.image_size
         model = dataclasses.replace(self.model, remat="none")
         params = jax.eval_shape(self.init, jax.random.key(0))
@@ -130,12 +136,10 @@ class DecoderTask:
         )
         if "embeddings" in batch_shapes:
             return 3 * unet
-        encoder = count_flops(
-            partial(encode_images, model),
-            params["visual_encoder"],
-            jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8),
-        )
-        return 3 * unet + encoder
+        images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)
+        encoder = count_flops(partial(encode_images, model), params["visual_encoder"], images)
+        latents = count_flops(self.latents, params, {"images": images}, jax.random.key(0))
+        return 3 * unet + encoder + latents
 
 
 def check_decoder(config: ExperimentConfig) -> None:
@@ -151,9 +155,11 @@ def check_decoder(config: ExperimentConfig) -> None:
             )
     multiple = decoder.latent_factor * 2 ** (len(unet.block_out_channels) - 1)
     if decoder.image_size % multiple:
+        below = decoder.image_size // multiple * multiple
+        nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
         raise ConfigError(
             f"decoder.image_size: got {decoder.image_size}, wanted a multiple of {multiple} (decoder.latent_factor "
-            "times 2 for each change of scale in decoder.unet.block_out_channels)"
+            f"times 2 for each change of scale in decoder.unet.block_out_channels); nearest: {nearest}"
         )
     if unet.cross_attention_width != config.model.vision.width:
         raise ConfigError(
@@ -225,24 +231,34 @@ def sample(
     guidance_scale: float | None = None,
     num_steps: int | None = None,
 ) -> Float[Array, "B S S 3"]:
-    """Draw one image in [0, 1], float32, for each set of visual embeddings; reads only `params["unet"]`.
+    """Draw one image in [0, 1], float32, for each set of visual embeddings; reads `params["unet"]` and a VAE's.
 
     `null` is the condition to steer away from: `null_embeddings` for autoencoding, the embeddings generated for an
     empty prompt for generation; it is not read when `guidance_scale` is 1. Scale and steps default to
     `decoder.guidance_scale` and `decoder.num_sampling_steps`. Compiled once per batch shape and number of steps.
+    Raises `NotFiniteError`, which names the network, when what it gave is not finite.
     """
     scale = config.decoder.guidance_scale if guidance_scale is None else guidance_scale
-    return _sample(
+    images, latents_finite, images_finite = _sample(
         config.decoder,
         config.model.compute_dtype,
         config.decoder.num_sampling_steps if num_steps is None else num_steps,
         scale != 1.0,
-        params["unet"],
+        {part: params[part] for part in ("unet", "vae") if part in params},
         embeddings,
         jnp.broadcast_to(null, embeddings.shape),
         key,
         scale,
     )
+    check_finite(unet=latents_finite, vae=images_finite)
+    return images
+
+
+def check_finite(**finite: Bool[Array, ""]) -> None:
+    """Raise `NotFiniteError` that names the first network whose output is not finite."""
+    for network, good in finite.items():
+        if not good:
+            raise NotFiniteError(f"{network}: gave numbers that are not finite, from parameters or inputs that are not")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -250,40 +266,26 @@ def _sample(
     config: DecoderConfig,
     compute_dtype: str,
     num_steps: int,
-    guided: bool,
-    unet_params: Params,
+    guided_by_null: bool,
+    params: Params,
     embeddings: Float[Array, "B N D"],
     null: Float[Array, "B N D"],
     key: PRNGKeyArray,
     guidance_scale: Float[Array, ""],
-) -> Float[Array, "B S S 3"]:
-    codec = open_codec(config)
-    unet = merge_unet(config, unet_params, compute_dtype)
-    steps = schedule.euler_steps(alpha_bars(config), num_steps, config.timestep_spacing)
-    condition = jnp.concatenate([embeddings, null]) if guided else embeddings
+) -> tuple[Float[Array, "B S S 3"], Bool[Array, ""], Bool[Array, ""]]:
+    codec = open_codec(config, params)
+    unet = merge_unet(config, params["unet"], compute_dtype)
+    steps = schedule.euler_steps(
+        alpha_bars(config), num_steps, config.timestep_spacing, steps_offset=config.steps_offset
+    )
+    condition = jnp.concatenate([embeddings, null]) if guided_by_null else embeddings
     time_ids = whole_image_time_ids(len(condition), config.image_size)
-
-    def predict(scaled: Float[Array, "B H W C"], timestep: Int[Array, ""]) -> Float[Array, "B H W C"]:
-        inputs = jnp.concatenate([scaled, scaled]) if guided else scaled
-        predicted = unet(inputs, jnp.full(len(inputs), timestep), condition, time_ids)
-        if not guided:
-            return predicted
-        conditional, unconditional = jnp.split(predicted, 2)
-        return unconditional + guidance_scale * (conditional - unconditional)
-
-    def step(
-        x: Float[Array, "B H W C"], at: tuple[Int[Array, ""], Float[Array, ""], Float[Array, ""]]
-    ) -> tuple[Float[Array, "B H W C"], None]:
-        timestep, sigma, next_sigma = at
-        predicted = predict(schedule.scale_model_input(x, sigma), timestep)
-        return schedule.euler_step(x, predicted, sigma, next_sigma, config.prediction), None
-
+    predict = guided(lambda x, t: unet(x, t, condition, time_ids), guidance_scale if guided_by_null else None)
     side = config.image_size // codec.factor
-    shape = (len(embeddings), side, side, codec.latent_channels)
-    x = steps.init_noise_sigma * jax.random.normal(key, shape)
-    sigmas = jnp.asarray(steps.sigmas)
-    x, _ = jax.lax.scan(step, x, (jnp.asarray(steps.timesteps), sigmas[:-1], sigmas[1:]))
-    return jnp.clip(codec.decode(x) / 2.0 + 0.5, 0.0, 1.0)
+    noise = jax.random.normal(key, (len(embeddings), side, side, codec.latent_channels))
+    latents = denoise(predict, noise, steps, config.prediction)
+    images = codec.decode(latents)
+    return jnp.clip(images / 2.0 + 0.5, 0.0, 1.0), jnp.isfinite(latents).all(), jnp.isfinite(images).all()
 
 
 def autoencode(

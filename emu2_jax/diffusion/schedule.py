@@ -54,19 +54,19 @@ def signal_to_noise(alpha_bar: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
 
 
 def add_noise(
-    clean: Float[Array, "B S S C"], noise: Float[Array, "B S S C"], alpha_bar: Float[Array, " B"]
-) -> Float[Array, "B S S C"]:
+    clean: Float[Array, "B H W C"], noise: Float[Array, "B H W C"], alpha_bar: Float[Array, " B"]
+) -> Float[Array, "B H W C"]:
     """x_t, of unit variance when `clean` and `noise` have it."""
     share = alpha_bar[:, None, None, None]
     return jnp.sqrt(share) * clean + jnp.sqrt(1.0 - share) * noise
 
 
 def target(
-    clean: Float[Array, "B S S C"],
-    noise: Float[Array, "B S S C"],
+    clean: Float[Array, "B H W C"],
+    noise: Float[Array, "B H W C"],
     alpha_bar: Float[Array, " B"],
     prediction: Prediction,
-) -> Float[Array, "B S S C"]:
+) -> Float[Array, "B H W C"]:
     """What the network gives for x_t: noise, velocity sqrt(a) noise - sqrt(1 - a) clean, or the clean latent."""
     if prediction == "epsilon":
         return noise
@@ -87,54 +87,59 @@ def min_snr_weight(alpha_bar: Float[Array, " B"], gamma: float, prediction: Pred
     return jnp.minimum(snr, gamma) / (snr if prediction == "epsilon" else snr + 1.0)
 
 
-Spacing = Literal["leading", "trailing"]
+Spacing = Literal["leading", "trailing", "linspace"]
 
 
 @dataclass(frozen=True)
 class EulerSteps:
     """Where the solver stops on its way from noise to image."""
 
-    timesteps: np.ndarray  #: (K,) int32, descending; what the network is told
+    timesteps: np.ndarray  #: (K,) int32, descending; what the network is told. float32 with "linspace"
     sigmas: np.ndarray  #: (K + 1,) float32, descending to 0
-
-    @property
-    def init_noise_sigma(self) -> float:
-        """Standard deviation of the noise that sampling starts from."""
-        return float(np.sqrt(np.float64(self.sigmas[0]) ** 2 + 1.0))
+    init_noise_sigma: float  #: standard deviation of what sampling starts from
 
 
-def euler_steps(alpha_bar: np.ndarray, num_steps: int, spacing: Spacing = "leading") -> EulerSteps:
+def euler_steps(
+    alpha_bar: np.ndarray, num_steps: int, spacing: Spacing = "leading", *, steps_offset: int = STEPS_OFFSET
+) -> EulerSteps:
     """Timesteps and their sigmas, T / K apart.
 
-    T = 10, K = 3: "leading" gives the timesteps 7, 4, 1, short of the end; "trailing" 9, 6, 2, from the end. Raises
-    ConfigError when there are more steps than timesteps.
+    T = 10, K = 3: "leading" gives the timesteps 7, 4, 1, short of the end; "trailing" 9, 6, 2, from the end;
+    "linspace" 9, 4.5, 0, from end to end. What sampling starts from has the variance of x_t / sqrt(a) for x_0 of unit
+    variance with "leading", that of its noise alone with the others, as in diffusers. Raises ConfigError when there are
+    more steps than timesteps.
     """
     num_timesteps = len(alpha_bar)
-    if not 1 <= num_steps <= num_timesteps - STEPS_OFFSET:
+    if not 1 <= num_steps <= num_timesteps - steps_offset:
         raise ConfigError(
-            f"decoder.num_sampling_steps: got {num_steps}, wanted 1 to {num_timesteps - STEPS_OFFSET} "
+            f"decoder.num_sampling_steps: got {num_steps}, wanted 1 to {num_timesteps - steps_offset} "
             f"(decoder.num_train_timesteps is {num_timesteps})"
         )
+    timesteps: np.ndarray
     if spacing == "leading":
-        timesteps = (np.arange(num_steps) * (num_timesteps // num_steps))[::-1] + STEPS_OFFSET
-    else:
+        timesteps = (np.arange(num_steps) * (num_timesteps // num_steps))[::-1] + steps_offset
+    elif spacing == "trailing":
         timesteps = np.round(num_timesteps - np.arange(num_steps) * (num_timesteps / num_steps)).astype(int) - 1
-    sigmas = np.sqrt((1.0 - alpha_bar) / alpha_bar)[timesteps]
-    return EulerSteps(timesteps.astype(np.int32), np.append(sigmas, 0.0).astype(np.float32))
+    else:
+        timesteps = np.linspace(0, num_timesteps - 1, num_steps, dtype=np.float32)[::-1]
+    sigmas = np.interp(timesteps, np.arange(num_timesteps), np.sqrt((1.0 - alpha_bar) / alpha_bar))
+    start = np.sqrt(sigmas[0] ** 2 + 1.0) if spacing == "leading" else sigmas[0]
+    dtype = np.float32 if spacing == "linspace" else np.int32
+    return EulerSteps(timesteps.astype(dtype), np.append(sigmas, 0.0).astype(np.float32), float(start))
 
 
-def scale_model_input(x: Float[Array, "B S S C"], sigma: Float[Array, ""]) -> Float[Array, "B S S C"]:
+def scale_model_input(x: Float[Array, "B H W C"], sigma: Float[Array, ""]) -> Float[Array, "B H W C"]:
     """x_0 + sigma noise, back to the unit variance that the network was trained on."""
     return x / jnp.sqrt(sigma**2 + 1.0)
 
 
 def euler_step(
-    x: Float[Array, "B S S C"],
-    predicted: Float[Array, "B S S C"],
+    x: Float[Array, "B H W C"],
+    predicted: Float[Array, "B H W C"],
     sigma: Float[Array, ""],
     next_sigma: Float[Array, ""],
     prediction: Prediction,
-) -> Float[Array, "B S S C"]:
+) -> Float[Array, "B H W C"]:
     """One step along dx/dsigma = (x - x_0) / sigma; `x` is unscaled, `predicted` is the network's answer."""
     if prediction == "epsilon":
         clean = x - sigma * predicted

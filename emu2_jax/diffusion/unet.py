@@ -1,4 +1,5 @@
-"""The U-Net of the SDXL family: residual blocks on a pyramid of scales, transformers that read the condition.
+"""The U-Net of SDXL and Stable Diffusion 2: residual blocks on a pyramid of scales, and transformers that read the
+condition.
 
 Layout NHWC. Parameters are float32; products run in `dtype`; norms, softmax and sinusoids are float32. Module names
 follow diffusers (`down_blocks/1/resnets/0/conv1`), so that a weight's name says where it comes from; the layers of one
@@ -8,7 +9,8 @@ an untrained network is linear up to its last norm, and predicts nothing.
 Axis letters: B images, H W latent rows and columns, C channels, P = H W positions, N visual embeddings, D their width,
 E width of the time embedding.
 
-Source: diffusers 0.24 `UNet2DConditionModel` as configured by the release's `unet/config.json`.
+Source: diffusers 0.24 `UNet2DConditionModel` as configured by the release's `unet/config.json`, and by the U-Net files
+of SDXL-base and Stable Diffusion 2.1.
 """
 
 from __future__ import annotations
@@ -140,14 +142,14 @@ class TransformerLayer(nnx.Module):
 class Transformer(nnx.Module):
     """The positions of one scale as a sequence through a stack of layers, plus the input."""
 
-    def __init__(self, config: UNetConfig, level: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: UNetConfig, level: int, num_layers: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         width, heads = config.block_out_channels[level], config.num_attention_heads[level]
         self.condition_radius = config.condition_radius
         self.norm = group_norm(config, width, config.transformer_norm_epsilon, dtype, rngs)
         self.proj_in = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
         self.transformer_blocks = Stack(
             lambda rngs: TransformerLayer(config, width, heads, dtype=dtype, rngs=rngs),
-            config.transformer_layers_per_block[level],
+            num_layers,
             rngs=rngs,
         )
         self.proj_out = nnx.Linear(width, width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
@@ -214,17 +216,20 @@ class Block(nnx.Module):
         widths: list[tuple[int, int]],
         *,
         num_transformers: int,
+        num_layers: int,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        num_layers = config.transformer_layers_per_block[level]
         self.num_resnets = len(widths)
         self.num_transformers = num_transformers if num_layers else 0
         self.resnets = nnx.Dict(
             {str(i): ResidualBlock(config, *pair, dtype=dtype, rngs=rngs) for i, pair in enumerate(widths)}
         )
         self.attentions = nnx.Dict(
-            {str(i): Transformer(config, level, dtype=dtype, rngs=rngs) for i in range(self.num_transformers)}
+            {
+                str(i): Transformer(config, level, num_layers, dtype=dtype, rngs=rngs)
+                for i in range(self.num_transformers)
+            }
         )
 
     def layer(
@@ -247,21 +252,26 @@ class UNet(nnx.Module):
         check(config)
         channels = config.block_out_channels
         time_width = TIME_WIDTH_RATIO * channels[0]
-        added_width = config.cross_attention_width + NUM_TIME_IDS * config.time_id_width
         last = len(channels) - 1
         self.config = config
         self.dtype = dtype
         self.time_embedding = MLP(channels[0], time_width, dtype=dtype, rngs=rngs)
-        self.add_embedding = MLP(added_width, time_width, dtype=dtype, rngs=rngs)
+        if config.micro_conditions:
+            self.add_embedding = MLP(added_width(config), time_width, dtype=dtype, rngs=rngs)
         self.conv_in = convolution(config.in_channels, channels[0], dtype, rngs)
 
-        def block(level: int, widths: list[tuple[int, int]], num_transformers: int) -> Block:
-            return Block(config, level, widths, num_transformers=num_transformers, dtype=dtype, rngs=rngs)
+        def block(
+            level: int, widths: list[tuple[int, int]], num_transformers: int, num_layers: int | None = None
+        ) -> Block:
+            depth = config.transformer_layers_per_block[level] if num_layers is None else num_layers
+            return Block(
+                config, level, widths, num_transformers=num_transformers, num_layers=depth, dtype=dtype, rngs=rngs
+            )
 
         down, up = down_widths(config), up_widths(config)
         self.down_blocks = nnx.Dict({str(i): block(i, down[i], len(down[i])) for i in range(last + 1)})
         self.downsamplers = nnx.Dict({str(i): Downsample(channels[i], dtype=dtype, rngs=rngs) for i in range(last)})
-        self.mid_block = block(last, [(channels[last], channels[last])] * 2, 1)
+        self.mid_block = block(last, [(channels[last], channels[last])] * 2, 1, mid_layers(config))
         self.up_blocks = nnx.Dict({str(i): block(last - i, up[i], len(up[i])) for i in range(last + 1)})
         self.upsamplers = nnx.Dict({str(i): Upsample(channels[last - i], dtype=dtype, rngs=rngs) for i in range(last)})
         self.conv_norm_out = group_norm(config, channels[0], config.norm_epsilon, dtype, rngs)
@@ -270,14 +280,18 @@ class UNet(nnx.Module):
     def __call__(
         self,
         latents: Float[Array, "B H W C"],
-        timesteps: Int[Array, " B"],
+        timesteps: Int[Array, " B"] | Float[Array, " B"],
         condition: Float[Array, "B N D"],
-        time_ids: Int[Array, "B 6"],
+        time_ids: Int[Array, "B 6"] | None = None,
+        pooled: Float[Array, "B Q"] | None = None,
         *,
         remat: Remat = "none",
     ) -> Float[Array, "B H W C"]:
-        """The network's prediction, float32; the pooled condition is the mean of the N embeddings."""
-        time = self.embed_time(timesteps, condition, time_ids)
+        """The network's prediction, float32. `pooled` defaults to the mean of the N embeddings.
+
+        Without micro-conditions `time_ids` and `pooled` are not read.
+        """
+        time = self.embed_time(timesteps, condition, time_ids, pooled)
         condition = condition.astype(self.dtype)
         x = self.conv_in(latents.astype(self.dtype))
         skips = [x]
@@ -301,12 +315,33 @@ class UNet(nnx.Module):
         return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)
 
     def embed_time(
-        self, timesteps: Int[Array, " B"], condition: Float[Array, "B N D"], time_ids: Int[Array, "B 6"]
+        self,
+        timesteps: Int[Array, " B"] | Float[Array, " B"],
+        condition: Float[Array, "B N D"],
+        time_ids: Int[Array, "B 6"] | None,
+        pooled: Float[Array, "B Q"] | None,
     ) -> Float[Array, "B E"]:
         """One vector per image for timestep, pooled condition and micro-conditions."""
+        time = self.time_embedding(sinusoids(timesteps, self.config.block_out_channels[0]))
+        if not self.config.micro_conditions:
+            return time
+        if time_ids is None:
+            raise ConfigError("time_ids: got none, but decoder.unet.micro_conditions is True: six numbers per image")
         micro = sinusoids(time_ids, self.config.time_id_width).reshape(time_ids.shape[0], -1)
-        added = jnp.concatenate([condition.mean(1), micro], axis=-1)
-        return self.time_embedding(sinusoids(timesteps, self.config.block_out_channels[0])) + self.add_embedding(added)
+        added = jnp.concatenate([condition.mean(1) if pooled is None else pooled, micro], axis=-1)
+        return time + self.add_embedding(added)
+
+
+def added_width(config: UNetConfig) -> int:
+    """Inputs of `add_embedding`: the pooled condition, then the micro-conditions."""
+    pooled = config.cross_attention_width if config.pooled_width is None else config.pooled_width
+    return pooled + NUM_TIME_IDS * config.time_id_width
+
+
+def mid_layers(config: UNetConfig) -> int:
+    """Layers of the transformer at the bottom."""
+    own = config.mid_transformer_layers
+    return config.transformer_layers_per_block[-1] if own is None else own
 
 
 def down_widths(config: UNetConfig) -> list[list[tuple[int, int]]]:

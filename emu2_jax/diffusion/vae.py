@@ -1,17 +1,16 @@
-"""Between pixels and latents: the interface, and the stand-in that needs no weights."""
+"""Between pixels and latents: the interface, the VAE behind it, and the stand-in that needs no weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxtyping import Array, Float
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from emu2_jax.config import DecoderConfig
-from emu2_jax.errors import ConfigError
-
-#: Channels of the latents of Stable Diffusion's VAE. Source: release `vae/config.json`.
-AUTOENCODER_KL_CHANNELS = 4
+from emu2_jax.config import DecoderConfig, VAEConfig
+from emu2_jax.diffusion.autoencoder import AutoencoderKL
+from emu2_jax.task import Params
 
 
 class LatentCodec(Protocol):
@@ -27,8 +26,8 @@ class LatentCodec(Protocol):
         """Pixels per latent position along one side."""
         ...
 
-    def encode(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B H W C"]:
-        """Latents of images in [-1, 1]; H = W = S / factor."""
+    def encode(self, images: Float[Array, "B S S 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B H W C"]:
+        """Latents of images in [-1, 1]; H = W = S / factor. A draw where there is a key and a choice, else the mean."""
         ...
 
     def decode(self, latents: Float[Array, "B H W C"]) -> Float[Array, "B S S 3"]:
@@ -48,8 +47,11 @@ class SpaceToDepth:
         """3 factor^2, in the order (row, column, colour) inside a square."""
         return 3 * self.factor**2
 
-    def encode(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B H W C"]:
-        """Latents of images in [-1, 1]. A 2 x 2 image [[a, b], [c, d]] with factor 2 gives one position: a b c d."""
+    def encode(self, images: Float[Array, "B S S 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B H W C"]:
+        """Latents of images in [-1, 1]; `key` is not used.
+
+        A 2 x 2 image [[a, b], [c, d]] with factor 2 gives one position: a b c d.
+        """
         count, size = images.shape[:2]
         side = size // self.factor
         x = images.reshape(count, side, self.factor, side, self.factor, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -62,16 +64,52 @@ class SpaceToDepth:
         return x.reshape(count, side * self.factor, side * self.factor, 3) / self.scale
 
 
-def open_codec(config: DecoderConfig) -> LatentCodec:
-    """The codec that `decoder.latent` names. Raises ConfigError for one that cannot run here."""
+@dataclass(frozen=True)
+class ScaledAutoencoder:
+    """A VAE whose latents are brought to about unit variance."""
+
+    network: AutoencoderKL
+    config: VAEConfig
+    scale: float  #: latents are multiplied by this
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent position."""
+        return self.config.latent_channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position along one side."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def encode(self, images: Float[Array, "B S S 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B H W C"]:
+        """Scaled latents of images in [-1, 1]: a draw from the posterior, or its mean without a key."""
+        posterior = self.network.encode(images)
+        return (posterior.mean if key is None else posterior.sample(key)) * self.scale
+
+    def decode(self, latents: Float[Array, "B H W C"]) -> Float[Array, "B S S 3"]:
+        """Images, not clipped to [-1, 1]."""
+        return self.network.decode(latents / self.scale)
+
+
+def open_codec(config: DecoderConfig, params: Params) -> LatentCodec:
+    """The codec that `decoder.latent` names; a VAE has its parameters in `params["vae"]`."""
     if config.latent == "space_to_depth":
         return SpaceToDepth(config.latent_factor, config.latent_scale)
-    raise ConfigError(
-        f"decoder.latent: got {config.latent!r}, whose network is not part of this version: the recipe can be planned "
-        "(--dry_run) but not run; wanted 'space_to_depth'"
-    )
+    return ScaledAutoencoder(merge_vae(config.vae, params["vae"]), config.vae, config.latent_scale)
 
 
 def latent_channels(config: DecoderConfig) -> int:
-    """Channels of a latent position, also for a codec that cannot run here."""
-    return AUTOENCODER_KL_CHANNELS if config.latent == "autoencoder_kl" else 3 * config.latent_factor**2
+    """Channels of a latent position."""
+    return config.vae.latent_channels if config.latent == "autoencoder_kl" else 3 * config.latent_factor**2
+
+
+def init_vae(config: VAEConfig, key: PRNGKeyArray) -> Params:
+    """Random parameters of a VAE, float32, as nested dicts."""
+    return nnx.to_pure_dict(nnx.state(AutoencoderKL(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+
+def merge_vae(config: VAEConfig, vae_params: Params) -> AutoencoderKL:
+    """The VAE with these parameters, to be used inside a traced function."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(params=0))))
+    return nnx.merge(graphdef, vae_params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from emu2_jax.config import DecoderConfig, ModelConfig
 from emu2_jax.errors import WeightsError
 from emu2_jax.models.eva_vit import resize_position_embedding
+from emu2_jax.weights.diffusers_weights import fit_condition
 from emu2_jax.weights.files import StoredTensor, Tensors, check_dtypes, open_weights
 from emu2_jax.weights.layout import Layout
 from emu2_jax.weights.names import FORMS, Form, all_names, table
@@ -79,9 +81,16 @@ def adapted(form: Form) -> set[str]:
 
 
 def import_weights(
-    sources: Sequence[Source], parts: Sequence[str], model: ModelConfig, decoder: DecoderConfig | None = None
+    sources: Sequence[Source],
+    parts: Sequence[str],
+    model: ModelConfig,
+    decoder: DecoderConfig | None = None,
+    *,
+    seed: int = 0,
 ) -> Imported:
     """The parameters of `parts` that the sources hold, at the size of `model`.
+
+    A U-Net for a condition of another width (SDXL's) is fitted: what multiplies it is drawn anew, by `seed`.
 
     Parts that no source holds are left to the caller. Raises `WeightsError`, naming file and tensor, when a source
     lacks a tensor, holds one that nobody knows or one of another shape, or when two sources hold the same part.
@@ -100,9 +109,14 @@ def import_weights(
             if part in owner:
                 raise WeightsError(f"{source.path}: holds {part}, which {owner[part]} holds too; leave one out")
             owner[part] = source.path
+        fitted: tuple[str, ...] = ()
+        if source.form == "unet":
+            unet, key = (decoder or DecoderConfig()).unet, jax.random.key(seed)
+            fit = fit_condition(source.tensors, unet, key, source=source.path)
+            source, fitted = dataclasses.replace(source, tensors=fit.tensors), fit.notes
         found, said = _import_source(source, rows.taking(taken), model)
         parameters |= found
-        notes += said
+        notes += [*said, *fitted]
     return Imported(parameters, notes)
 
 

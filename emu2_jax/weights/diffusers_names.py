@@ -1,4 +1,6 @@
-"""Names of diffusers' U-Net (SDXL family) and VAE. Our U-Net has the same module names, so the rows follow its config.
+"""Names of diffusers' U-Net (SDXL, Stable Diffusion 2) and VAE.
+
+Our networks have the same module names, so the rows follow their configs.
 
 Source: diffusers 0.24 `UNet2DConditionModel` and `AutoencoderKL` as configured by the release's `unet/config.json` and
 `vae/config.json`.
@@ -8,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from emu2_jax.config import UNetConfig
-from emu2_jax.diffusion.unet import MLP_RATIO, NUM_TIME_IDS, TIME_WIDTH_RATIO, down_widths, up_widths
+from emu2_jax.config import UNetConfig, VAEConfig
+from emu2_jax.diffusion.unet import MLP_RATIO, TIME_WIDTH_RATIO, added_width, down_widths, mid_layers, up_widths
 from emu2_jax.weights.layout import Layout
 from emu2_jax.weights.table import Row
 
@@ -22,18 +24,21 @@ def unet_rows(config: UNetConfig) -> Iterator[Row]:
     channels = config.block_out_channels
     last = len(channels) - 1
     time_width = TIME_WIDTH_RATIO * channels[0]
-    added_width = config.cross_attention_width + NUM_TIME_IDS * config.time_id_width
-    for name, width in (("time_embedding", channels[0]), ("add_embedding", added_width)):
+    embeddings = [("time_embedding", channels[0])]
+    if config.micro_conditions:
+        embeddings.append(("add_embedding", added_width(config)))
+    for name, width in embeddings:
         yield from _linear(f"{name}.linear_1", f"unet/{name}/linear_1", width, time_width)
         yield from _linear(f"{name}.linear_2", f"unet/{name}/linear_2", time_width, time_width)
     yield from _conv("conv_in", "unet/conv_in", config.in_channels, channels[0])
+    layers = config.transformer_layers_per_block
     for i, widths in enumerate(down_widths(config)):
-        yield from _block(f"down_blocks.{i}", config, i, widths, len(widths))
+        yield from _block(f"down_blocks.{i}", config, i, widths, len(widths), layers[i])
         if i < last:
             yield from _conv(f"down_blocks.{i}.downsamplers.0.conv", f"unet/downsamplers/{i}/conv", channels[i])
-    yield from _block("mid_block", config, last, [(channels[last], channels[last])] * 2, 1)
+    yield from _block("mid_block", config, last, [(channels[last], channels[last])] * 2, 1, mid_layers(config))
     for i, widths in enumerate(up_widths(config)):
-        yield from _block(f"up_blocks.{i}", config, last - i, widths, len(widths))
+        yield from _block(f"up_blocks.{i}", config, last - i, widths, len(widths), layers[last - i])
         if i < last:
             yield from _conv(f"up_blocks.{i}.upsamplers.0.conv", f"unet/upsamplers/{i}/conv", channels[last - i])
     yield from _norm("conv_norm_out", "unet/conv_norm_out", channels[0])
@@ -41,15 +46,20 @@ def unet_rows(config: UNetConfig) -> Iterator[Row]:
 
 
 def _block(
-    name: str, config: UNetConfig, level: int, widths: Sequence[tuple[int, int]], num_transformers: int
+    name: str,
+    config: UNetConfig,
+    level: int,
+    widths: Sequence[tuple[int, int]],
+    num_transformers: int,
+    num_layers: int,
 ) -> Iterator[Row]:
     path = "unet/" + name.replace(".", "/")
     time_width = TIME_WIDTH_RATIO * config.block_out_channels[0]
     for i, (inputs, outputs) in enumerate(widths):
         yield from _resnet(f"{name}.resnets.{i}", f"{path}/resnets/{i}", inputs, outputs, time_width)
-    if config.transformer_layers_per_block[level]:
+    if num_layers:
         for i in range(num_transformers):
-            yield from _transformer(f"{name}.attentions.{i}", f"{path}/attentions/{i}", config, level)
+            yield from _transformer(f"{name}.attentions.{i}", f"{path}/attentions/{i}", config, level, num_layers)
 
 
 def _resnet(name: str, path: str, inputs: int, outputs: int, time_width: int | None) -> Iterator[Row]:
@@ -63,9 +73,8 @@ def _resnet(name: str, path: str, inputs: int, outputs: int, time_width: int | N
         yield from _conv(f"{name}.conv_shortcut", f"{path}/conv_shortcut", inputs, outputs, side=1)
 
 
-def _transformer(name: str, path: str, config: UNetConfig, level: int) -> Iterator[Row]:
+def _transformer(name: str, path: str, config: UNetConfig, level: int, layers: int) -> Iterator[Row]:
     width, condition = config.block_out_channels[level], config.cross_attention_width
-    layers = config.transformer_layers_per_block[level]
     yield from _norm(f"{name}.norm", f"{path}/norm", width)
     yield from _linear(f"{name}.proj_in", f"{path}/proj_in", width, width)
     block, ours = f"{name}.transformer_blocks.{{L}}", f"{path}/transformer_blocks/layers"
@@ -81,11 +90,10 @@ def _transformer(name: str, path: str, config: UNetConfig, level: int) -> Iterat
     yield from _linear(f"{name}.proj_out", f"{path}/proj_out", width, width)
 
 
-def vae_rows(
-    block_out_channels: Sequence[int] = (128, 256, 512, 512), layers_per_block: int = 2, latent_channels: int = 4
-) -> Iterator[Row]:
-    """All tensors of SDXL's VAE. Our paths start with `vae/` and follow the official names."""
-    channels = list(block_out_channels)
+def vae_rows(config: VAEConfig) -> Iterator[Row]:
+    """All tensors of a VAE of this size. Our paths start with `vae/` and follow the official names."""
+    channels, layers_per_block = config.block_out_channels, config.layers_per_block
+    latent_channels = config.latent_channels
     last, top = len(channels) - 1, channels[-1]
     yield from _conv("encoder.conv_in", "vae/encoder/conv_in", 3, channels[0])
     before = channels[0]

@@ -108,7 +108,7 @@ def _rows(form: Form, model: ModelConfig, decoder: DecoderConfig) -> Iterator[Ro
     if form == "unet":
         yield from diffusers_names.unet_rows(decoder.unet)
     elif form == "vae":
-        yield from diffusers_names.vae_rows()
+        yield from diffusers_names.vae_rows(decoder.vae)
     elif form in ("emu2", "emu2_hf"):
         prefix = "model." if form == "emu2_hf" else ""
         yield from vision_names.rows(vision_names.EMU2, model.vision, prefix)

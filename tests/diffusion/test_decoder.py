@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from tiny import random_parameters
 
-from emu2_jax.config import DecoderConfig, ExperimentConfig, ModelConfig, UNetConfig, VisionConfig
+from emu2_jax.config import DecoderConfig, ExperimentConfig, ModelConfig, UNetConfig, VAEConfig, VisionConfig
 from emu2_jax.diffusion import decoder
 from emu2_jax.diffusion.decoder import DecoderTask, autoencode, draw_noise, null_embeddings, sample
-from emu2_jax.diffusion.vae import open_codec
-from emu2_jax.errors import ConfigError
+from emu2_jax.diffusion.vae import merge_vae, open_codec
+from emu2_jax.errors import ConfigError, NotFiniteError
 from emu2_jax.models.emu2 import encode_images
 from emu2_jax.task import Losses
 
@@ -155,7 +155,7 @@ class PerfectUNet:
 
     def __init__(self, config: DecoderConfig, image: jax.Array, condition: jax.Array) -> None:
         self.alpha_bar = jnp.asarray(decoder.alpha_bars(config), jnp.float32)
-        self.clean = open_codec(config).encode(image)
+        self.clean = open_codec(config, {}).encode(image)
         self.condition = condition
 
     def __call__(
@@ -199,19 +199,69 @@ def test_sampling_compiles_once(params: Any) -> None:
     assert decoder._sample._cache_size() == before + 1
 
 
-def test_the_37b_decoder_recipe_plans_without_its_vae() -> None:
-    config = ExperimentConfig(name="decoder")
-    shapes = jax.eval_shape(DecoderTask(config).init, jax.random.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["unet"])) == 2_525_520_644
-    with pytest.raises(ConfigError, match=r"decoder\.latent"):
-        sample(config, {"unet": {}}, jnp.zeros((1, 64, 1792)), jnp.zeros((1, 64, 1792)), jax.random.key(0))
+VAE = VAEConfig(block_out_channels=(4, 8), layers_per_block=1, norm_groups=2)
+WITH_VAE = with_decoder(
+    unet=dataclasses.replace(UNET, in_channels=4, out_channels=4), vae=VAE, latent="autoencoder_kl", latent_scale=0.5
+)
+
+
+@pytest.fixture(scope="module")
+def params_with_vae() -> Any:
+    return jax.tree.map(jnp.asarray, random_parameters(DecoderTask(WITH_VAE).init))
+
+
+def test_the_37b_decoder_has_sdxls_vae() -> None:
+    shapes = jax.eval_shape(DecoderTask(ExperimentConfig(name="decoder")).init, jax.random.key(0))
+    counts = {part: sum(leaf.size for leaf in jax.tree.leaves(shapes[part])) for part in ("unet", "vae")}
+    assert counts == {"unet": 2_525_520_644, "vae": 83_653_863}
+
+
+@jax.jit
+def gradient_with_vae(params: Any) -> tuple[Any, Losses]:
+    def loss(params: Any) -> tuple[jax.Array, Losses]:
+        out = DecoderTask(WITH_VAE).losses(params, jax.tree.map(jnp.asarray, batch()), jax.random.key(0))
+        return out.terms["noise"].sum, out
+
+    return jax.grad(loss, has_aux=True)(params)
+
+
+def test_a_vae_gives_the_latents_and_gets_no_gradient(params_with_vae: Any) -> None:
+    task, key = DecoderTask(WITH_VAE), jax.random.key(0)
+    latents = jax.jit(task.latents)(params_with_vae, {"images": images(2)}, key)
+    posterior = merge_vae(VAE, params_with_vae["vae"]).encode(images(2) / 127.5 - 1.0)
+    assert latents.shape == (2, 8, 8, 4)
+    np.testing.assert_allclose(latents, 0.5 * posterior.sample(key), rtol=1e-4, atol=1e-5)
+    assert np.abs(latents - 0.5 * posterior.mean).max() > 1e-3  # a draw, not the mean
+
+    gradient, out = gradient_with_vae(params_with_vae)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient["vae"]))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["unet"]))
+    assert out.metrics["vae_latent_square"].weight == 4.0
+
+
+def test_nan_in_the_vae_is_named(params_with_vae: Any) -> None:
+    broken = {**params_with_vae, "vae": jax.tree.map(lambda x: x.at[0].set(jnp.nan), params_with_vae["vae"])}
+    assert np.isnan(gradient_with_vae(broken)[1].metrics["vae_latent_square"].sum)
+    condition = jnp.ones((1, 4, 6))
+    with pytest.raises(NotFiniteError, match=r"^vae: "):
+        sample(WITH_VAE, broken, condition, 0 * condition, jax.random.key(0), num_steps=1)
+    broken = {**params_with_vae, "unet": jax.tree.map(lambda x: x * jnp.nan, params_with_vae["unet"])}
+    with pytest.raises(NotFiniteError, match=r"^unet: "):
+        sample(WITH_VAE, broken, condition, 0 * condition, jax.random.key(0), num_steps=1)
+
+
+def test_drawing_decodes_the_latents(params_with_vae: Any) -> None:
+    condition = jnp.ones((1, 4, 6))
+    drawn = sample(WITH_VAE, params_with_vae, condition, 0 * condition, jax.random.key(0), num_steps=1)
+    assert (drawn.shape, drawn.dtype) == ((1, 16, 16, 3), jnp.float32)
+    assert 0 <= drawn.min() < drawn.max() <= 1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"latent_factor": 4}, "decoder.unet.in_channels: got 12, wanted 48"),
-        ({"image_size": 18}, "decoder.image_size: got 18, wanted a multiple of 4"),
+        ({"image_size": 18}, r"decoder.image_size: got 18, wanted a multiple of 4.*nearest: 16 or 20$"),
         (
             {"unet": dataclasses.replace(UNET, cross_attention_width=8)},
             r"decoder.unet.cross_attention_width: got 8, wanted 6.*model\.vision\.width",

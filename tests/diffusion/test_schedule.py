@@ -71,6 +71,23 @@ def test_trailing_spacing_starts_at_the_last_timestep() -> None:
     assert schedule.euler_steps(SDXL, 4, "trailing").timesteps.tolist() == [999, 749, 499, 249]
 
 
+def test_linspace_spacing_goes_from_end_to_end() -> None:
+    steps = schedule.euler_steps(SDXL[:10], 3, "linspace")
+    assert steps.timesteps.tolist() == [9.0, 4.5, 0.0]
+    sigma = np.sqrt((1 - SDXL[:10]) / SDXL[:10])
+    np.testing.assert_allclose(steps.sigmas, [sigma[9], (sigma[4] + sigma[5]) / 2, sigma[0], 0.0], rtol=1e-6)
+
+
+def test_sampling_starts_from_the_variance_that_diffusers_has() -> None:
+    """Leading: of x_0 + sigma noise; the others: of sigma noise alone."""
+    sigma = np.sqrt((1 - SDXL[999]) / SDXL[999])
+    for spacing in ("trailing", "linspace"):
+        assert schedule.euler_steps(SDXL, 7, spacing).init_noise_sigma == pytest.approx(sigma, rel=1e-9)
+    leading = schedule.euler_steps(SDXL, 7)
+    assert leading.init_noise_sigma == pytest.approx(np.sqrt(leading.sigmas[0] ** 2 + 1), rel=1e-6)
+    assert schedule.euler_steps(SDXL, 7, steps_offset=0).timesteps[-1] == 0
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_euler_with_a_perfect_network_arrives_at_the_image(prediction: schedule.Prediction) -> None:
     clean = jnp.linspace(-1, 1, 12).reshape(1, 2, 2, 3)

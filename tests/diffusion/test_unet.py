@@ -35,6 +35,14 @@ TINY = UNetConfig(
     norm_groups=4,
 )
 FLOAT32 = jnp.dtype("float32")
+SD2 = UNetConfig(
+    block_out_channels=(320, 640, 1280, 1280),
+    transformer_layers_per_block=(1, 1, 1, 0),
+    mid_transformer_layers=1,
+    num_attention_heads=(5, 10, 20, 20),
+    cross_attention_width=1024,
+    micro_conditions=False,
+)
 
 
 def build(config: UNetConfig, key: jax.Array, dtype: str = "float32") -> UNet:
@@ -64,11 +72,17 @@ def parameters() -> Any:
 
 
 def test_parameter_count_of_sdxl() -> None:
-    # SDXL base 1.0 has 2,567,463,684 U-Net parameters. It reads text 2048 wide but pools it 1280 wide; here both are
-    # one width, so the count at 2048 has (2048 - 1280) more inputs of the first product of `add_embedding`.
-    config = dataclasses.replace(UNetConfig(), cross_attention_width=2048)
+    config = UNetConfig(cross_attention_width=2048, pooled_width=1280)
     shapes = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) - (2048 - 1280) * 1280 == 2_567_463_684
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 2_567_463_684
+
+
+def test_parameter_count_of_stable_diffusion_2_1() -> None:
+    shapes = jax.eval_shape(lambda key: init(key, SD2), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 865_910_724
+    assert "add_embedding" not in shapes
+    assert shapes["down_blocks"]["3"].keys() == shapes["up_blocks"]["0"].keys() == {"resnets"}
+    assert shapes["mid_block"].keys() == {"resnets", "attentions"}
 
 
 def test_emu2_forward_shapes() -> None:
@@ -119,6 +133,16 @@ def test_every_input_reaches_its_own_image_only(parameters: Any, changed: int) -
     assert difference[1] > 1e-3
 
 
+def test_a_pooled_condition_may_be_given_and_time_ids_must(parameters: Any) -> None:
+    latents, timesteps, condition, time_ids = inputs()
+    mean = forward(parameters, latents, timesteps, condition, time_ids, condition.mean(1))
+    np.testing.assert_allclose(mean, forward(parameters, *inputs()), atol=1e-6)
+    other = forward(parameters, latents, timesteps, condition, time_ids, condition.mean(1) + 1)
+    assert np.abs(other - mean).max() > 1e-3
+    with pytest.raises(ConfigError, match=r"^time_ids: got none"):
+        forward(parameters, latents, timesteps, condition)
+
+
 def test_condition_is_a_set(parameters: Any) -> None:
     # As in SDXL, nothing tells the U-Net an embedding's place in the sequence: the encoder has to have written it in.
     latents, timesteps, condition, time_ids = inputs()
@@ -130,7 +154,7 @@ def test_condition_is_a_set(parameters: Any) -> None:
 
 
 def test_recomputation_does_not_change_the_gradient() -> None:
-    block = Block(TINY, 1, [(8, 16)], num_transformers=1, dtype=FLOAT32, rngs=nnx.Rngs(params=0))
+    block = Block(TINY, 1, [(8, 16)], num_transformers=1, num_layers=2, dtype=FLOAT32, rngs=nnx.Rngs(params=0))
     graphdef, state = nnx.split(block)
     parameters = random_parameters(lambda _: nnx.to_pure_dict(state))
     x, time = jax.random.normal(jax.random.key(0), (1, 4, 4, 8)), jnp.ones((1, 32))
@@ -190,7 +214,7 @@ def test_a_local_transformer_reads_the_embedding_of_its_own_place() -> None:
     changes = {}
     for radius in (None, 0.25):
         config = dataclasses.replace(TINY, transformer_layers_per_block=(0, 1), condition_radius=radius)
-        transformer = Transformer(config, 1, dtype=FLOAT32, rngs=nnx.Rngs(params=0))
+        transformer = Transformer(config, 1, 1, dtype=FLOAT32, rngs=nnx.Rngs(params=0))
         transformer.proj_out.kernel[...] = jnp.eye(16)  # it starts at zero
         x = jnp.zeros((1, 4, 4, 16))
         difference = jnp.abs(transformer(x, changed) - transformer(x, condition)).sum((0, 3))

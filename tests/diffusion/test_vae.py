@@ -1,13 +1,14 @@
-"""The stand-in codec is exact, and the missing one says so."""
+"""The stand-in codec is exact; the VAE scales, clips and pads as it must."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from flax import nnx
+from tiny import random_parameters
 
-from emu2_jax.config import DecoderConfig
-from emu2_jax.diffusion.vae import SpaceToDepth, latent_channels, open_codec
-from emu2_jax.errors import ConfigError
+from emu2_jax.config import DecoderConfig, VAEConfig
+from emu2_jax.diffusion.autoencoder import Downsample, Posterior
+from emu2_jax.diffusion.vae import SpaceToDepth, init_vae, latent_channels, merge_vae, open_codec
 
 
 def test_space_to_depth_of_a_worked_image() -> None:
@@ -27,11 +28,40 @@ def test_decode_is_the_inverse_of_encode() -> None:
 
 def test_open_codec() -> None:
     config = DecoderConfig(latent="space_to_depth", latent_factor=4, latent_scale=1.5)
-    assert open_codec(config) == SpaceToDepth(factor=4, scale=1.5)
+    assert open_codec(config, {}) == SpaceToDepth(factor=4, scale=1.5)
     assert latent_channels(config) == 48
 
 
-def test_autoencoder_kl_can_be_planned_but_not_run() -> None:
-    assert latent_channels(DecoderConfig()) == 4
-    with pytest.raises(ConfigError, match=r"^decoder\.latent: got 'autoencoder_kl'.*wanted 'space_to_depth'$"):
-        open_codec(DecoderConfig())
+def test_an_autoencoder_scales_its_latents_and_knows_its_factor() -> None:
+    vae = VAEConfig(block_out_channels=(4, 8, 8), layers_per_block=1, norm_groups=2, latent_channels=3)
+    config = DecoderConfig(vae=vae, latent_factor=4, latent_scale=0.5)
+    params = {"vae": jax.tree.map(jnp.asarray, random_parameters(lambda key: init_vae(vae, key)))}
+    codec = open_codec(config, params)
+    assert (codec.factor, codec.latent_channels, latent_channels(config), latent_channels(DecoderConfig())) == (
+        4,
+        3,
+        3,
+        4,
+    )
+    images = jax.random.uniform(jax.random.key(0), (1, 8, 8, 3), minval=-1.0)
+    network = merge_vae(vae, params["vae"])
+    latents = codec.encode(images)
+    np.testing.assert_allclose(latents, 0.5 * network.encode(images).mean, rtol=1e-6)
+    np.testing.assert_allclose(codec.decode(latents), network.decode(latents / 0.5), rtol=1e-6)
+
+
+def test_the_log_variance_is_held_in_its_range_and_gives_the_spread() -> None:
+    posterior = Posterior(jnp.array([1.0]), jnp.array([np.log(4.0)]))
+    np.testing.assert_allclose(posterior.sample_with(jnp.array([3.0])), 1 + 2 * 3, rtol=1e-6)
+    vae = VAEConfig(block_out_channels=(4,), layers_per_block=1, norm_groups=2, latent_channels=1)
+    params = init_vae(vae, jax.random.key(0))
+    params["quant_conv"]["bias"] = jnp.array([0.0, 1e4])
+    assert (merge_vae(vae, params).encode(jnp.zeros((1, 2, 2, 3))).log_variance == 20.0).all()
+
+
+def test_the_encoder_halves_without_looking_up_or_left() -> None:
+    """A row a b c d: the two outputs read a b c and c d 0; with a kernel that copies its first place, a and c."""
+    down = Downsample(1, rngs=nnx.Rngs(params=0))
+    down.conv.kernel[...] = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1.0)
+    image = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(down(image).ravel(), [0, 2, 8, 10])

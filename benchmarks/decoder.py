@@ -1,0 +1,168 @@
+"""One sampling step of a tiny U-Net, here and by diffusers in PyTorch, on the same processor in one run.
+
+    .venv-parity/bin/python -m benchmarks.decoder
+
+Needs torch and diffusers, which `make test-parity` installs there. The network is `openmoji_tiny_decoder`'s without its
+local cross-attention, which diffusers has not; weights are random. A step is what happens once per timestep: scale the
+latents, run the network on the condition and on the null, guide, take an Euler step. The two take turns. PyTorch is
+timed on all cores and on one, which is quicker on a busy machine, and the better of both counts. JSON lines;
+milliseconds are medians over rounds, `torch_over_ours` is their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu2_jax.config import DecoderConfig
+from emu2_jax.diffusion import schedule
+from emu2_jax.diffusion.decoder import alpha_bars, init_unet, merge_unet
+from emu2_jax.diffusion.sampler import guided
+from emu2_jax.errors import UserError
+from emu2_jax.weights.diffusers_config import scheduler_json, unet_json
+from emu2_jax.weights.diffusers_weights import unet_table
+from emu2_jax.weights.state_dict import to_state_dict
+from experiments import recipes
+
+GUIDANCE_SCALE = 3.0
+NUM_STEPS = 50
+STEP = 10  #: which of them is taken
+
+
+def tiny_decoder() -> DecoderConfig:
+    """The settings of the tiny decoder with SDXL's schedule, so that both sides can run it."""
+    decoder = recipes.get("openmoji_tiny_decoder").decoder
+    unet = dataclasses.replace(decoder.unet, condition_radius=None)
+    return dataclasses.replace(DecoderConfig(), unet=unet)
+
+
+def random_unet(config: DecoderConfig) -> Any:
+    """Parameters away from their initial zeros, so that the network's output is not trivial."""
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_unet(config, jax.random.key(0)))
+
+    def draw(path: Any, leaf: Any) -> jax.Array:
+        fan_in = np.prod(leaf.shape[:-1][-3:]) if len(leaf.shape) > 1 else 100.0
+        return jnp.asarray(random.normal(float(path[-1].key == "scale"), fan_in**-0.5, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def our_step(config: DecoderConfig, params: Any, inputs: dict[str, np.ndarray]) -> Callable[[], np.ndarray]:
+    """The compiled step on fixed inputs."""
+    steps = schedule.euler_steps(alpha_bars(config), NUM_STEPS)
+
+    @jax.jit
+    def step(params: Any, x: Any, condition: Any, time_ids: Any, timestep: Any, sigma: Any, next_sigma: Any) -> Any:
+        unet = merge_unet(config, params, "float32")
+        predict = guided(lambda x, t: unet(x, t, condition, time_ids), GUIDANCE_SCALE)
+        predicted = predict(schedule.scale_model_input(x, sigma), timestep)
+        return schedule.euler_step(x, predicted, sigma, next_sigma, config.prediction)
+
+    stops = (steps.timesteps[STEP], steps.sigmas[STEP], steps.sigmas[STEP + 1])
+    x = inputs["latents"].transpose(0, 2, 3, 1)
+    arguments = [jnp.asarray(array) for array in (x, inputs["condition"], inputs["time_ids"], *stops)]
+    return lambda: np.asarray(step(params, *arguments)).transpose(0, 3, 1, 2)
+
+
+def torch_step(config: DecoderConfig, params: Any, inputs: dict[str, np.ndarray]) -> Callable[[int], np.ndarray]:
+    """The same by diffusers, on a number of threads. Raises `UserError` that says how to get it."""
+    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]  # not needed, and often of another build
+    try:
+        import torch
+        from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+    except ImportError as error:
+        raise UserError(
+            f"benchmarks.decoder: needs torch and diffusers ({error}); `make test-parity` installs both, then run "
+            ".venv-parity/bin/python -m benchmarks.decoder"
+        ) from error
+
+    unet = UNet2DConditionModel.from_config(unet_json(config.unet)).eval()
+    state_dict = to_state_dict({"unet": params}, unet_table(config.unet))
+    unet.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()})
+    scheduler = EulerDiscreteScheduler.from_config(scheduler_json(config))
+    scheduler.set_timesteps(NUM_STEPS)
+    latents, condition, time_ids = (torch.from_numpy(inputs[name]) for name in ("latents", "condition", "time_ids"))
+    timestep = scheduler.timesteps[STEP]
+    added = {"text_embeds": condition.mean(1), "time_ids": time_ids}
+
+    @torch.inference_mode()
+    def step(threads: int) -> np.ndarray:
+        torch.set_num_threads(threads)
+        scheduler._step_index = STEP
+        scaled = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+        predicted = unet(scaled, timestep, encoder_hidden_states=condition, added_cond_kwargs=added).sample
+        wanted, null = predicted.chunk(2)
+        guided = null + GUIDANCE_SCALE * (wanted - null)
+        return scheduler.step(guided, timestep, latents).prev_sample.numpy()
+
+    return step
+
+
+def unet_step(images: int, rounds: int) -> dict[str, object]:
+    """Time both steps in turns, after a check that they give the same numbers."""
+    config, random = tiny_decoder(), np.random.default_rng(1)
+    recipe = recipes.get("openmoji_tiny_decoder")
+    side = recipe.decoder.image_size // recipe.decoder.latent_factor
+    unet, tokens = config.unet, recipe.model.num_visual_tokens
+    latents = random.normal(size=(images, unet.in_channels, side, side)) * 5
+    condition = random.normal(size=(2 * images, tokens, unet.cross_attention_width))
+    inputs = {"latents": latents.astype(np.float32), "condition": condition.astype(np.float32)}
+    inputs["time_ids"] = np.tile(np.array([64, 64, 0, 0, 64, 64], np.int32), (2 * images, 1))
+    params = random_unet(config)
+    ours, theirs = our_step(config, params, inputs), torch_step(config, params, inputs)
+    threads = sorted({1, os.cpu_count() or 1})
+    difference = max(float(np.abs(ours() - theirs(count)).max()) for count in threads)
+    here: list[float] = []
+    there: dict[int, list[float]] = {count: [] for count in threads}
+    for _ in range(rounds):
+        for count in threads:
+            there[count].append(_milliseconds(partial(theirs, count)))
+        here.append(_milliseconds(ours))
+    medians = {count: statistics.median(times) for count, times in there.items()}
+    best = min(medians, key=medians.__getitem__)
+    return {
+        "case": "unet-step",
+        "torch_over_ours": medians[best] / statistics.median(here),
+        "torch_ms": medians[best],
+        "torch_threads": best,
+        "ours_ms": statistics.median(here),
+        "images": images,
+        "rounds": rounds,
+        "max_difference": difference,
+        "of_values_up_to": float(np.abs(ours()).max()),
+    }
+
+
+def _milliseconds(step: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Print one JSON line per case."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    arguments = parser.parse_args()
+    try:
+        for images in (1, 8):
+            print(json.dumps(unet_step(images, arguments.rounds)), flush=True)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
