@@ -1,4 +1,4 @@
-# make demo    the main job: data, training, evaluation, report (about 14 minutes on 2 cores after installation)
+# make demo    the main job: data, training, evaluation, report (10 to 13 minutes on 2 cores after installation)
 # make test    all checks and tests
 # make setup   the environment alone, in .venv
 # make test-parity   every part against PyTorch implementations of others, in environments of its own (docs/parity.md);
