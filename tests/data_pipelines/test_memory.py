@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tiny_shards import WORDS, WriteShard, picture
@@ -27,8 +29,10 @@ def resident_bytes() -> int:
 
 
 def shared_memory() -> set[str]:
-    """Blocks of shared memory; named semaphores belong to whatever process pool runs beside this test."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+    """Blocks of shared memory, and the named semaphores of this process: others' come and go beside this test."""
+    mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
+    blocks = {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+    return blocks | set(re.findall(r"/dev/shm/(sem\.\S+)", mapped))
 
 
 @pytest.fixture
