@@ -18,7 +18,7 @@ from data_pipelines.planning import SampleOrder
 from data_pipelines.position import Identity, Position, Track, digest
 from data_pipelines.samples import image_part, read_part
 from data_pipelines.shards import ShardReader
-from data_pipelines.sources import check_sources, open_source, open_store, remote_files, share_of_host, summary_of
+from data_pipelines.sources import check_sources, open_crop_stores, open_source, remote_files, share_of_host, summary_of
 from emu2_jax.config import DataConfig
 from emu2_jax.errors import ConfigError
 from emu2_jax.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ class ImagePipeline(BatchStream[ImageBatch]):
         self,
         config: DataConfig,
         sources: Sequence[tuple[str, SampleIndex]],
-        stores: Mapping[str, EmbeddingStore],
+        stores: Mapping[str, Sequence[EmbeddingStore]],
         weights: Sequence[float],
         *,
         image_size: int,
@@ -56,7 +56,7 @@ class ImagePipeline(BatchStream[ImageBatch]):
         )
         super().__init__(config, position, remote)
         self._sources = [(name, index, ShardReader(index.paths, remote=remote)) for name, index in sources]
-        #: The embeddings and latents of the sources, of all or of none.
+        #: Embeddings and latents of the crops of each source, a store for each epoch; of all sources or of none.
         self.stores = stores
         self._schedule = Schedule(weights)
         self._image_size = image_size
@@ -71,16 +71,17 @@ class ImagePipeline(BatchStream[ImageBatch]):
 
     @property
     def summary(self) -> dict[str, dict[str, int]]:
-        """For each source: shards, samples, and how many were left out when the index was built, by cause."""
-        return {name: summary_of(index) for name, index, _ in self._sources}
+        """For each source: shards, samples, how many the index left out, by cause, and epochs that are in a store."""
+        stored = {name: {"stored epochs of crops": len(stores)} for name, stores in self.stores.items()}
+        return {name: {**summary_of(index), **stored.get(name, {})} for name, index, _ in self._sources}
 
     def _rows_in(self, steps: int, source: int) -> int:
         return self._schedule.turns_before(steps * self._batch_images, source)
 
-    def first_crop(self, name: str, sample: int) -> Crop:
-        """The crop of a sample of source `name` in the first epoch. Raises `SampleError`."""
+    def crop(self, name: str, epoch: int, sample: int) -> Crop:
+        """The crop of a sample of source `name` in an epoch. Raises `SampleError`."""
         number = next(i for i, source in enumerate(self._sources) if source[0] == name)
-        return self._crop(number, self._sources[number][2], 0, sample)
+        return self._crop(number, self._sources[number][2], epoch, sample)
 
     def _sample(self, turn: int) -> tuple[int, int, int]:
         """Source, epoch and sample of image number `turn` of the schedule."""
@@ -100,7 +101,8 @@ class ImagePipeline(BatchStream[ImageBatch]):
     def batch(self, step: int) -> ImageBatch:
         """The crops of a step on this host; an image that cannot be used is zeros with weight 0.
 
-        Where they were encoded beforehand, embeddings and latents of the first epoch's crops stand in for the pixels.
+        Where they were encoded beforehand, embeddings and latents stand in for the pixels: of the crops of this epoch,
+        or of an earlier one when all that are stored have been seen.
         """
         fields = self._empty_fields()
         names: list[str] = []
@@ -138,7 +140,7 @@ class ImagePipeline(BatchStream[ImageBatch]):
         sizes = {"time_ids": np.zeros((count, 6), np.int32), "weight": np.zeros(count, np.float32)}
         if not self.stores:
             return {"images": np.zeros((count, size, size, 3), np.uint8), **sizes}
-        members = {member.suffix: member for member in next(iter(self.stores.values())).members}
+        members = {member.suffix: member for member in next(iter(self.stores.values()))[0].members}
         stored = {
             field: np.zeros((count, *members[suffix].shape), members[suffix].numpy_dtype)
             for field, suffix in (("embeddings", EMBEDDINGS), ("latents", LATENT))
@@ -151,7 +153,8 @@ class ImagePipeline(BatchStream[ImageBatch]):
         if not self.stores:
             crop = self._crop(source, reader, epoch, sample)
             return {"images": crop.image, "time_ids": crop.time_ids}
-        record = self.stores[name].read(sample, image_part(index, sample))
+        stores = self.stores[name]
+        record = stores[epoch % len(stores)].read(sample, image_part(index, sample))
         return {"embeddings": record[EMBEDDINGS], "latents": record[LATENT], "time_ids": record[TIME_IDS]}
 
 
@@ -186,11 +189,11 @@ def open_image_pipeline(
         without = next(source.name for source in used if source.embeddings is None)
         raise ConfigError(f"data.sources.{without}.embeddings: not set; of the decoder's sources all have them or none")
     indexes = {source.name: open_source(config, source, tokenizer) for source in used}
-    stores: dict[str, EmbeddingStore] = {}
-    for source in used:
-        settings = store_settings and {**store_settings, "source": source.name}
-        store = open_store(source, indexes[source.name], settings)
-        stores |= {} if store is None else {source.name: store}
+    stores = {
+        source.name: open_crop_stores(source, indexes[source.name], store_settings)
+        for source in used
+        if source.embeddings is not None
+    }
     return ImagePipeline(
         config,
         list(indexes.items()),

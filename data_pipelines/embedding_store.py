@@ -6,8 +6,12 @@ an ordinary tar in which every record takes equally many bytes, so a record is f
     __store__.json    what the store is: encoder, settings, members of a record, size of the shard it was made from
     __keys__.u64      for each record a hash of its key, in the order of the records
     0007.emb          embeddings, bfloat16 [N, E], as raw bytes
-    0007.lat          of a crop for the visual decoder: its latent, bfloat16 [H, W, C]
+    0007.lat          of a crop for the visual decoder: its latent, bfloat16 [H, W, C]; of a VAE mean and log-variance
+                      of the latent, before scaling, float16 [H, W, 2 C]
     0007.ids          of such a crop: the six sizes that condition the U-Net, int32
+
+Crops are drawn anew in each epoch: `epoch-0000/00042.tar` holds those of the first, and so on. Any number of epochs
+makes a store; a run that goes on past the last begins again with the first.
 
 A picture that cannot be used has `0007.emb.bad`, which says why, in place of its embeddings. Images of an interleaved
 sample are `0007.3.emb`. A key that is too long for the tar's name field stands by its hash.
@@ -79,11 +83,12 @@ def _padded(size: int) -> int:
 class StoreHeader:
     """What a store shard says of itself."""
 
-    encoder: str  # fingerprint of the encoder's parameters
+    encoder: str  # fingerprint of the visual encoder's parameters
     settings: Settings  # everything else that decides what the encoder was given and gave
     members: tuple[Member, ...]  # of a record
     num_records: int
     shard_bytes: int  # size of the shard that was encoded
+    vae: str | None = None  # fingerprint of the parameters of the VAE that latents are of
 
     @property
     def record_bytes(self) -> int:
@@ -137,6 +142,23 @@ def _hashed(stem: str) -> int:
 def store_path(directory: Path, shard: str) -> Path:
     """Where the store has what belongs to a shard."""
     return directory / Path(shard).name
+
+
+def epoch_directory(directory: Path, epoch: int) -> Path:
+    """Where the store has the crops of an epoch."""
+    return directory / f"epoch-{epoch:04d}"
+
+
+def num_epochs(directory: Path, config_path: str) -> int:
+    """How many epochs of crops are in a store. Raises `DataError` when it has none, or one between them is missing."""
+    found = len(list(directory.glob("epoch-*")))
+    missing = [epoch for epoch in range(max(1, found)) if not epoch_directory(directory, epoch).is_dir()]
+    if missing:
+        raise DataError(
+            f"{config_path}: {epoch_directory(directory, missing[0])} is not there; the decoder reads crops, which "
+            "`emu2 encode --crops` writes"
+        )
+    return found
 
 
 def shard_size(shard: str) -> int:
@@ -218,13 +240,19 @@ class EmbeddingStore:
             self._headers = list(pool.map(self._open, range(len(self._paths))))
         for path, header in zip(self._paths, self._headers, strict=True):
             _check_settings(path, header.settings, settings, config_path)
-            if header.encoder != self.encoder:
-                raise DataError(f"{path}: was made by another encoder than {self._paths[0]}; encode one of them again")
+            if (header.encoder, header.vae) != (self.encoder, self.vae):
+                what = "encoder" if header.encoder != self.encoder else "VAE"
+                raise DataError(f"{path}: was made by another {what} than {self._paths[0]}; encode one of them again")
 
     @property
     def encoder(self) -> str:
         """Fingerprint of the encoder that made the store."""
         return self._headers[0].encoder
+
+    @property
+    def vae(self) -> str | None:
+        """Fingerprint of the VAE that made the latents, if one did."""
+        return self._headers[0].vae
 
     @property
     def directory(self) -> str:
@@ -318,9 +346,10 @@ def image_settings(
     }
 
 
-def members_of(visual_tokens: int, width: int, latent_shape: Sequence[int] | None = None) -> tuple[Member, ...]:
-    """The arrays of a record: embeddings and, of a crop for the visual decoder, its latent and sizes."""
+def members_of(visual_tokens: int, width: int, latent: tuple[Sequence[int], str] | None = None) -> tuple[Member, ...]:
+    """The arrays of a record: embeddings and, of a crop for the visual decoder, sizes and `latent`: shape, dtype."""
     members = (Member(EMBEDDINGS, "bfloat16", (visual_tokens, width)),)
-    if latent_shape is None:
+    if latent is None:
         return members
-    return (*members, Member(LATENT, "bfloat16", tuple(latent_shape)), Member(TIME_IDS, "int32", (6,)))
+    shape, dtype = latent
+    return (*members, Member(LATENT, dtype, tuple(shape)), Member(TIME_IDS, "int32", (6,)))

@@ -159,9 +159,9 @@ class Pipeline(BatchStream[PackedBatch]):
         return {source.name: source.index for source in self._sources}
 
     @property
-    def stores(self) -> dict[str, EmbeddingStore]:
-        """The embeddings of the sources that have them."""
-        return {source.name: source.store for source in self._sources if source.store is not None}
+    def stores(self) -> dict[str, Sequence[EmbeddingStore]]:
+        """The embeddings of the sources that have them: one store, of all epochs."""
+        return {source.name: [source.store] for source in self._sources if source.store is not None}
 
     def measure(self, name: str, samples: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
         """Positions and images that the documents of some samples of source `name` take, from the index alone."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.embedding_store import EmbeddingStore, Settings
+from data_pipelines.embedding_store import EmbeddingStore, Settings, epoch_directory, num_epochs
 from data_pipelines.index import SampleIndex
 from data_pipelines.index_files import IndexRules, open_index
 from data_pipelines.remote import Patience, RemoteFiles
@@ -99,6 +100,17 @@ def open_store(source: SourceConfig, index: SampleIndex, store_settings: Setting
         return None
     path = f"data.sources.{source.name}.embeddings"
     return EmbeddingStore(source.embeddings, index, store_settings_of(store_settings, source.name), path)
+
+
+def open_crop_stores(source: SourceConfig, index: SampleIndex, store_settings: Settings | None) -> list[EmbeddingStore]:
+    """The embeddings and latents of a source's crops, an epoch each; made with `store_settings`, or refused."""
+    path = f"data.sources.{source.name}.embeddings"
+    settings = {**store_settings_of(store_settings, source.name), "source": source.name}
+    directory = Path(str(source.embeddings))
+    return [
+        EmbeddingStore(str(epoch_directory(directory, epoch)), index, {**settings, "epoch": epoch}, path)
+        for epoch in range(num_epochs(directory, path))
+    ]
 
 
 def share_of_host(total: int, hosts: int, host: int) -> range:

@@ -116,7 +116,7 @@ class StreamPipeline:
         self.counts: collections.defaultdict[str, SampleCounts] = collections.defaultdict(SampleCounts)
         self.read_retries = 0  # a pipe cannot be read again
         self.queue_depth = 0  # nothing is read ahead
-        self.stores: dict[str, EmbeddingStore] = {}
+        self.stores: dict[str, Sequence[EmbeddingStore]] = {}
 
     @property
     def summary(self) -> dict[str, dict[str, int]]:

@@ -59,7 +59,7 @@ ENCODE_EPILOG = """\
 The same command goes on where it was stopped: shards that are in the store are kept. --gin.mesh.fsdp=8 and the like
 are as for `emu2 train`. Then, to train from it:  --gin.data.sources.NAME.embeddings=DIR
   emu2 encode runs/big/stage1b --shards 'data/laion/*.tar' --out data/laion.embeddings
-  emu2 encode runs/big/stage1b --crops emu2_37b_decoder --source laion_coco --out data/laion_coco.crops
+  emu2 encode runs/from_sdxl --crops emu2_37b_decoder --source laion_coco --out data/laion_coco.crops --epochs 2
 """
 
 
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--caption", default="txt", help="where the text of a pair is, as in the source's config (txt)")
     encode.add_argument("--crops", metavar="RECIPE", help="a visual decoder's recipe: its crops, with latents")
     encode.add_argument("--source", metavar="NAME", help="with --crops: which of the recipe's sources")
+    encode.add_argument("--epochs", type=int, metavar="N", help="with --crops: crops of the first N epochs (1)")
     encode.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time, over all devices (64)")
     encode.add_argument("--part", default="1/1", metavar="I/N", help="do every N-th shard from the I-th on (1/1)")
     encode.add_argument("--gin_file", type=Path, action="append", default=[], metavar="FILE", help="override file")
@@ -338,8 +339,11 @@ def _encode(arguments: argparse.Namespace, rest: list[str]) -> None:
         if arguments.source is None or arguments.shards is not None:
             raise ConfigError("--crops: takes --source, one of the recipe's, and no --shards")
         config, _ = resolve(arguments.crops, arguments.gin_file, rest)
-        encode_crops(config, workdir, arguments.source, arguments.out, batch=arguments.batch, part=part)
+        epochs = 1 if arguments.epochs is None else arguments.epochs
+        encode_crops(config, workdir, arguments.source, arguments.out, epochs=epochs, batch=arguments.batch, part=part)
         return
+    if arguments.epochs is not None:
+        raise ConfigError("--epochs: is for --crops; whole pictures are the same in every epoch")
     if arguments.shards is None:
         raise ConfigError("--shards: needed, unless --crops names a decoder's recipe")
     config = override(load_config(workdir), arguments.gin_file, rest)

@@ -8,6 +8,7 @@ the devices it has.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jaxtyping import Array, UInt8
 from tqdm import tqdm
@@ -27,6 +29,7 @@ from data_pipelines.embedding_store import (
     Settings,
     StoreHeader,
     check_names,
+    epoch_directory,
     members_of,
     shard_size,
     stem,
@@ -40,15 +43,16 @@ from data_pipelines.samples import read_part
 from data_pipelines.shards import ShardReader
 from data_pipelines.sources import open_source
 from emu2_jax import sharding
-from emu2_jax.checkpoint import load_parts
+from emu2_jax.checkpoint import load_parts, saved_parts
 from emu2_jax.config import ExperimentConfig, SourceConfig
-from emu2_jax.diffusion.vae import open_codec
-from emu2_jax.errors import ConfigError, DataError, UserError
+from emu2_jax.diffusion.vae import init_vae, open_codec, stored_latent
+from emu2_jax.errors import CheckpointError, ConfigError, DataError, NotFiniteError, UserError
 from emu2_jax.fingerprint import fingerprint
 from emu2_jax.models.emu2 import encode_images, init_visual_encoder
+from emu2_jax.optimizer import cast_frozen
 from emu2_jax.task import Params
 from emu2_jax.train import fit_parameter
-from experiments.inputs import latent_shape, store_settings
+from experiments.inputs import store_settings
 from experiments.runs import CONFIG
 
 #: One image as it is read: pixels and, of a crop, the sizes that go along.
@@ -69,6 +73,15 @@ class Part:
         if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
             raise UserError(f"--part: got {text!r}; wanted NUMBER/COUNT, such as 3/16")
         return cls(int(number), int(count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One way through all images: whole pictures, or the crops of an epoch."""
+
+    out: Path
+    settings: Settings
+    read: _Read
 
 
 def encoder_workdir(run: Path) -> Path:
@@ -101,21 +114,21 @@ def encode_pictures(
         return decode_image(read_part(reader, index, sample, image), size, rules), None
 
     pretraining = dataclasses.replace(config, train=dataclasses.replace(config.train, task="pretrain"))
-    _encode(config, workdir, index, read, store_settings(pretraining), out, batch=batch, part=part)
+    _encode(config, workdir, index, [Pass(out, store_settings(pretraining), read)], batch=batch, part=part)
 
 
-def encode_crops(config: ExperimentConfig, workdir: Path, source: str, out: Path, *, batch: int, part: Part) -> None:
-    """Embeddings and latents of the first epoch's crops of a source of a decoder recipe.
+def encode_crops(
+    config: ExperimentConfig, workdir: Path, source: str, out: Path, *, epochs: int, batch: int, part: Part
+) -> None:
+    """Embeddings and latents of the crops of the first `epochs` epochs of a source of a decoder recipe.
 
-    A run that trains from them sees the same crops in every epoch.
+    A run that trains from them sees the crops of its epoch and, past the last stored one, those of the first again.
+    More epochs can be added to a store later.
     """
     if config.train.task != "decoder":
         raise ConfigError(f"--crops: {config.name} trains no visual decoder; leave it out for pretraining")
-    if config.decoder.latent != "space_to_depth":
-        raise ConfigError(
-            f"decoder.latent: got {config.decoder.latent!r}; --crops stores latents of 'space_to_depth' "
-            "alone, those of a VAE are worked out in training"
-        )
+    if epochs < 1:
+        raise ConfigError(f"--epochs: got {epochs}; wanted 1 or more")
     own = [one for one in config.data.sources if one.name == source and one.kind == "image_text"]
     if not own:
         raise ConfigError(f"--source: {config.name} has no source {source!r} of image-text pairs")
@@ -127,21 +140,23 @@ def encode_crops(config: ExperimentConfig, workdir: Path, source: str, out: Path
         random_scale_max=config.decoder.random_scale_max,
     )
 
-    def read(sample: int, image: int) -> tuple[np.ndarray, np.ndarray]:
-        crop = pipeline.first_crop(source, sample)
+    def read(epoch: int, sample: int, image: int) -> tuple[np.ndarray, np.ndarray]:
+        crop = pipeline.crop(source, epoch, sample)
         return crop.image, crop.time_ids
 
     settings = {**store_settings(config), "source": source}
-    _encode(config, workdir, pipeline.indexes[source], read, settings, out, batch=batch, part=part, crops=True)
+    passes = [
+        Pass(epoch_directory(out, epoch), {**settings, "epoch": epoch}, functools.partial(read, epoch))
+        for epoch in range(epochs)
+    ]
+    _encode(config, workdir, pipeline.indexes[source], passes, batch=batch, part=part, crops=True)
 
 
 def _encode(
     config: ExperimentConfig,
     workdir: Path,
     index: SampleIndex,
-    read: _Read,
-    settings: Settings,
-    out: Path,
+    passes: Sequence[Pass],
     *,
     batch: int,
     part: Part,
@@ -150,48 +165,65 @@ def _encode(
     check_names(index.paths)
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
     sharding.check_batch(batch, 1, mesh, "--batch")
-    todo = range(part.number - 1, len(index.paths), part.count)
-    params = load_encoder(config, workdir, mesh)
-    encoder = fingerprint(params)
-    latents = latent_shape(config) if crops else None
+    todo = [(one, shard) for one in passes for shard in range(part.number - 1, len(index.paths), part.count)]
+    with_vae = crops and config.decoder.latent == "autoencoder_kl"
+    params = load_encoders(config, workdir, mesh, with_vae=with_vae)
+    encoder = fingerprint(params["visual_encoder"])
+    vae = fingerprint(params["vae"]) if with_vae else None
+    latent = stored_latent(config.decoder)
+    latents = (latent.shape, str(latent.dtype)) if crops else None
     members = members_of(config.model.num_visual_tokens, config.model.vision.width, latents)
     run = compiled(config, mesh, crops)
     num_done = num_bad = 0
     with ThreadPoolExecutor(max(1, config.data.read_threads)) as pool:
-        for shard in tqdm(todo, "encode", unit="shard", disable=None):
+        for one, shard in tqdm(todo, "encode", unit="shard", disable=None):
             images = _images_of(index, shard)
-            header = StoreHeader(encoder, settings, members, len(images), shard_size(index.paths[shard]))
-            path = store_path(out, index.paths[shard])
+            header = StoreHeader(encoder, one.settings, members, len(images), shard_size(index.paths[shard]), vae)
+            path = store_path(one.out, index.paths[shard])
             if path.exists():
                 _check_done(path, header)
                 continue
-            records = _records(images, read, run, params, mesh, batch, pool, crops)
-            counted = _Counted(records)
-            write_store_shard(path, header, [stem(index, *image) for image in images], counted)
+            stems = [stem(index, *image) for image in images]
+            records = _records(images, one.read, run, params, mesh, batch, pool, crops)
+            checked = _Checked(records, stems, index.paths[shard])
+            write_store_shard(path, header, stems, checked)
             num_done += len(images)
-            num_bad += counted.num_bad
-    print(f"{out}: encoder {encoder}, {num_done:,} images encoded now, of which {num_bad:,} could not be used")
+            num_bad += checked.num_bad
+    made_by = f"encoder {encoder}" + (f", VAE {vae}" if vae else "")
+    where = passes[0].out.parent if crops else passes[0].out
+    print(f"{where}: {made_by}, {num_done:,} images encoded now, of which {num_bad:,} could not be used")
 
 
-def load_encoder(config: ExperimentConfig, workdir: Path, mesh: jax.sharding.Mesh) -> Params:
-    """The visual encoder of a work directory as a run that freezes it would hold it."""
-    shapes = jax.eval_shape(lambda: {"visual_encoder": init_visual_encoder(config.model, jax.random.key(0))})
+def load_encoders(config: ExperimentConfig, workdir: Path, mesh: jax.sharding.Mesh, *, with_vae: bool) -> Params:
+    """The visual encoder (and the VAE) of a work directory as a run that freezes them would hold them."""
+
+    def init() -> Params:
+        params = {"visual_encoder": init_visual_encoder(config.model, jax.random.key(0))}
+        return params | ({"vae": init_vae(config.decoder.vae, jax.random.key(0))} if with_vae else {})
+
+    if with_vae and "vae" not in saved_parts(workdir):
+        raise CheckpointError(
+            f"{workdir}: holds no VAE, whose latents decoder.latent = autoencoder_kl asks for; "
+            "`emu2 convert --from vae=... --from Emu2` makes a work directory that holds both"
+        )
+    shapes = jax.eval_shape(init)
     shardings = sharding.parameter_shardings(shapes, mesh)
-    dtype = jnp.dtype(config.model.frozen_dtype)
-    wanted = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sh), shapes, shardings)
-    return load_parts(workdir, wanted, fit_parameter)["visual_encoder"]
+    stored = jax.eval_shape(functools.partial(cast_frozen, config.model.frozen_dtype), shapes)
+    wanted = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), stored, shardings)
+    return load_parts(workdir, wanted, fit_parameter)
 
 
 def compiled(
     config: ExperimentConfig, mesh: jax.sharding.Mesh, crops: bool
 ) -> Callable[[Params, UInt8[Array, "B S S 3"]], Mapping[str, Array]]:
-    """What is stored of a batch of images, as a compiled function of the encoder's parameters and pixels."""
+    """What is stored of a batch of images, as a compiled function of the encoders' parameters and pixels."""
 
     def run(params: Params, images: UInt8[Array, "B S S 3"]) -> Mapping[str, Array]:
-        arrays = {EMBEDDINGS: encode_images(config.model, params, images).astype(jnp.bfloat16)}
+        arrays = {EMBEDDINGS: encode_images(config.model, params["visual_encoder"], images).astype(jnp.bfloat16)}
         if crops:
             pixels = images.astype(jnp.float32) / 127.5 - 1.0
-            arrays[LATENT] = open_codec(config.decoder, {}).encode(pixels).astype(jnp.bfloat16)
+            summary = open_codec(config.decoder, params).summary(pixels)
+            arrays[LATENT] = summary.astype(stored_latent(config.decoder).dtype)
         return arrays
 
     return jax.jit(run, out_shardings=sharding.batch_sharding(mesh))
@@ -215,7 +247,7 @@ def _check_done(path: Path, header: StoreHeader) -> None:
     if there != header:
         differs = next(
             name
-            for name in ("encoder", "settings", "members", "num_records", "shard_bytes")
+            for name in ("encoder", "vae", "settings", "members", "num_records", "shard_bytes")
             if getattr(there, name) != getattr(header, name)
         )
         raise DataError(
@@ -224,17 +256,33 @@ def _check_done(path: Path, header: StoreHeader) -> None:
         )
 
 
-class _Counted:
-    """Records as they pass, and how many of them are bad."""
+class _Checked:
+    """Records as they pass: how many are bad, and whether the networks gave numbers."""
 
-    def __init__(self, records: Iterator[Mapping[str, np.ndarray] | SampleError]) -> None:
+    def __init__(
+        self, records: Iterator[Mapping[str, np.ndarray] | SampleError], stems: Sequence[str], shard: str
+    ) -> None:
         self._records = records
+        self._stems = stems
+        self._shard = shard
         self.num_bad = 0
 
     def __iter__(self) -> Iterator[Mapping[str, np.ndarray] | SampleError]:
-        for record in self._records:
-            self.num_bad += isinstance(record, SampleError)
+        for name, record in zip(self._stems, self._records, strict=True):
+            if isinstance(record, SampleError):
+                self.num_bad += 1
+            else:
+                self._check_finite(name, record)
             yield record
+
+    def _check_finite(self, name: str, record: Mapping[str, np.ndarray]) -> None:
+        for member, network in ((EMBEDDINGS, "visual_encoder"), (LATENT, "vae")):
+            if member in record and not np.isfinite(record[member]).all():
+                dtype = record[member].dtype
+                raise NotFiniteError(
+                    f"{network}: not finite in {dtype} (largest {float(ml_dtypes.finfo(dtype).max):.5g}) for image "
+                    f"{name!r} of {self._shard}; are the parameters sound?"
+                )
 
 
 def _records(

@@ -22,7 +22,7 @@ from data_pipelines.samples import SampleCounts
 from data_pipelines.streaming import StreamPipeline, is_stream, open_stream
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.diffusion.decoder import DecoderTask
-from emu2_jax.diffusion.vae import latent_channels
+from emu2_jax.diffusion.vae import stored_latent
 from emu2_jax.errors import ConfigError, DataError
 from emu2_jax.fingerprint import fingerprint
 from emu2_jax.models.emu2 import PretrainTask
@@ -61,7 +61,9 @@ class TrainingInput:
     def _note_epochs(self, batch: PackedBatch | ImageBatch) -> None:
         for name, epoch in batch.epochs.items():
             if epoch > self._epochs.get(name, 0):
-                self._say(f"{name}: all samples have been read; epoch {epoch} goes through them in a new order")
+                stored = len(self._pipeline.stores.get(name, ())) if isinstance(batch, ImageBatch) else 0
+                again = f", with the stored crops of epoch {epoch % stored}" if stored else ""
+                self._say(f"{name}: all samples have been read; epoch {epoch} goes through them in a new order{again}")
             self._epochs[name] = max(epoch, self._epochs.get(name, 0))
 
     def _counters(self) -> dict[str, float | str]:
@@ -87,17 +89,23 @@ class TrainingInput:
         return self._pipeline.summary
 
     def check_encoder(self, params: Params) -> None:
-        """Raises `DataError` when stored embeddings come from another visual encoder than the one in `params`."""
-        if not self._pipeline.stores:
-            return
-        own = fingerprint(params["visual_encoder"])
-        for source, store in self._pipeline.stores.items():
-            if store.encoder != own:
-                raise DataError(
-                    f"data.sources.{source}.embeddings: {store.directory} was made by another visual encoder "
-                    f"(fingerprint {store.encoder}) than this run's ({own}); run `emu2 encode` with this run's encoder "
-                    "into a new directory, or train on pixels"
-                )
+        """Raises `DataError` when what is stored comes from another visual encoder or VAE than those in `params`."""
+        own: dict[str, str] = {}
+        for source, stores in self._pipeline.stores.items():
+            for store in stores:
+                for part, what, made_by in (
+                    ("visual_encoder", "visual encoder", store.encoder),
+                    ("vae", "VAE", store.vae),
+                ):
+                    if made_by is None:
+                        continue
+                    own[part] = own.get(part) or fingerprint(params[part])
+                    if made_by != own[part]:
+                        raise DataError(
+                            f"data.sources.{source}.embeddings: {store.directory} was made by another {what} "
+                            f"(fingerprint {made_by}) than this run's ({own[part]}); run `emu2 encode` with this "
+                            "run's into a new directory, or train on pixels"
+                        )
 
     def state(self) -> Mapping[str, Any]:
         """The position in the data, and samples seen and bad ones of all hosts, by source."""
@@ -237,6 +245,7 @@ def store_settings(config: ExperimentConfig) -> dict[str, str | int | float | bo
     if config.train.task == "pretrain":
         return settings
     decoder = config.decoder
+    vae = {"vae_norm_groups": decoder.vae.norm_groups, "vae_norm_epsilon": decoder.vae.norm_epsilon}
     return settings | {
         "crop_size": decoder.image_size,
         "random_scale_max": decoder.random_scale_max,
@@ -244,13 +253,8 @@ def store_settings(config: ExperimentConfig) -> dict[str, str | int | float | bo
         "latent": decoder.latent,
         "latent_factor": decoder.latent_factor,
         "latent_scale": decoder.latent_scale,
+        **(vae if decoder.latent == "autoencoder_kl" else {}),  # what the VAE's fingerprint does not see
     }
-
-
-def latent_shape(config: ExperimentConfig) -> tuple[int, int, int]:
-    """Height, width and channels of what the decoder's codec makes of an image."""
-    side = config.decoder.image_size // config.decoder.latent_factor
-    return side, side, latent_channels(config.decoder)
 
 
 def batch_rows(config: ExperimentConfig) -> dict[str, int]:
@@ -275,10 +279,10 @@ def example_shapes(config: ExperimentConfig) -> dict[str, tuple[tuple[int, ...],
         }
         if any(source.embeddings is not None for source in config.data.sources):
             embedding = (count, config.model.num_visual_tokens, config.model.vision.width)
-            bfloat16 = np.dtype(ml_dtypes.bfloat16)
+            latent = stored_latent(config.decoder)
             return {
-                "embeddings": (embedding, bfloat16),
-                "latents": ((count, *latent_shape(config)), bfloat16),
+                "embeddings": (embedding, np.dtype(ml_dtypes.bfloat16)),
+                "latents": ((count, *latent.shape), np.dtype(latent.dtype)),
                 **fields,
             }
         return {"images": ((count, size, size, 3), np.dtype(np.uint8)), **fields}

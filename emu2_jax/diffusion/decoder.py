@@ -36,8 +36,8 @@ class DecoderTask:
 
     Batch fields: `images` uint8 (B, S, S, 3) RGB, S = `decoder.image_size`; `time_ids` int32 (B, 6), in pixels: height
     and width of the original, top and left of the crop, height and width drawn; `weight` float32 (B,), 0 = padding.
-    Where the images were encoded beforehand, `embeddings` (B, N, E) and `latents` (B, H, W, C), bfloat16, are in the
-    place of `images`.
+    Where the images were encoded beforehand, `embeddings` (B, N, E), bfloat16, and `latents` (B, H, W, C) are in the
+    place of `images`; a VAE's `latents` are mean and log-variance, (B, H, W, 2 C) (`vae.stored_latent`).
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
@@ -89,10 +89,10 @@ class DecoderTask:
         return Losses(terms={"noise": Term((weight * weighted).sum(), weight.sum())}, metrics=metrics)
 
     def latents(self, params: Params, batch: Batch, key: PRNGKeyArray) -> Float[Array, "B H W C"]:
-        """What the U-Net learns to restore, float32: stored, or one draw from what the codec makes of each image."""
-        if "latents" in batch:
-            return batch["latents"].astype(jnp.float32)
+        """What the U-Net learns to restore, float32: one draw from what the codec makes, or made, of each image."""
         codec = open_codec(self.decoder, params)
+        if "latents" in batch:
+            return codec.draw(batch["latents"], key)
         return jax.lax.stop_gradient(codec.encode(batch["images"].astype(jnp.float32) / 127.5 - 1.0, key))
 
     def condition(self, params: Params, batch: Batch, key: PRNGKeyArray) -> Float[Array, "B N D"]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from emu2_jax.config import DecoderConfig, VAEConfig
-from emu2_jax.diffusion.autoencoder import AutoencoderKL
+from emu2_jax.diffusion.autoencoder import AutoencoderKL, Posterior
 from emu2_jax.task import Params
 
 
@@ -28,6 +30,14 @@ class LatentCodec(Protocol):
 
     def encode(self, images: Float[Array, "B S S 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B H W C"]:
         """Latents of images in [-1, 1]; H = W = S / factor. A draw where there is a key and a choice, else the mean."""
+        ...
+
+    def summary(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B H W M"]:
+        """What `draw` needs of images in [-1, 1]: all that is random comes after it, so it can be stored."""
+        ...
+
+    def draw(self, summary: Float[Array, "B H W M"], key: PRNGKeyArray | None = None) -> Float[Array, "B H W C"]:
+        """What `encode` gives of the images that `summary` was made of."""
         ...
 
     def decode(self, latents: Float[Array, "B H W C"]) -> Float[Array, "B S S 3"]:
@@ -57,6 +67,14 @@ class SpaceToDepth:
         x = images.reshape(count, side, self.factor, side, self.factor, 3).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(count, side, side, self.latent_channels) * self.scale
 
+    def summary(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B H W C"]:
+        """The latents themselves: there is no choice."""
+        return self.encode(images)
+
+    def draw(self, summary: Float[Array, "B H W C"], key: PRNGKeyArray | None = None) -> Float[Array, "B H W C"]:
+        """The same, float32; `key` is not used."""
+        return summary.astype(jnp.float32)
+
     def decode(self, latents: Float[Array, "B H W C"]) -> Float[Array, "B S S 3"]:
         """The inverse of `encode`."""
         count, side = latents.shape[:2]
@@ -84,7 +102,18 @@ class ScaledAutoencoder:
 
     def encode(self, images: Float[Array, "B S S 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B H W C"]:
         """Scaled latents of images in [-1, 1]: a draw from the posterior, or its mean without a key."""
+        return self._latents(self.network.encode(images), key)
+
+    def summary(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B H W 2*L"]:
+        """Mean and log-variance of the posterior, not scaled."""
         posterior = self.network.encode(images)
+        return jnp.concatenate([posterior.mean, posterior.log_variance], axis=-1)
+
+    def draw(self, summary: Float[Array, "B H W 2*L"], key: PRNGKeyArray | None = None) -> Float[Array, "B H W L"]:
+        """The draw that `encode` makes with this key, or the mean."""
+        return self._latents(Posterior(*jnp.split(summary.astype(jnp.float32), 2, axis=-1)), key)
+
+    def _latents(self, posterior: Posterior, key: PRNGKeyArray | None) -> Float[Array, "B H W L"]:
         return (posterior.mean if key is None else posterior.sample(key)) * self.scale
 
     def decode(self, latents: Float[Array, "B H W C"]) -> Float[Array, "B S S 3"]:
@@ -102,6 +131,15 @@ def open_codec(config: DecoderConfig, params: Params) -> LatentCodec:
 def latent_channels(config: DecoderConfig) -> int:
     """Channels of a latent position."""
     return config.vae.latent_channels if config.latent == "autoencoder_kl" else 3 * config.latent_factor**2
+
+
+def stored_latent(config: DecoderConfig) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the summary of one image in a store."""
+    side, channels = config.image_size // config.latent_factor, latent_channels(config)
+    if config.latent == "autoencoder_kl":
+        # As small as bfloat16 and eight times as exact; what a sound VAE gives is far from its largest, 65,504.
+        return jax.ShapeDtypeStruct((side, side, 2 * channels), jnp.float16)
+    return jax.ShapeDtypeStruct((side, side, channels), jnp.bfloat16)
 
 
 def init_vae(config: VAEConfig, key: PRNGKeyArray) -> Params:
