@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import io
 import itertools
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from data_pipelines.pipeline import Pipeline, open_pipeline
 from emu2_jax.config import DataConfig, ExperimentConfig, SourceConfig
 from emu2_jax.errors import ConfigError, DataError
 from emu2_jax.tokenizer import Tokenizer
-from experiments.inputs import TrainingInput, open_tokenizer
+from experiments.inputs import TrainingInput, _summed, open_tokenizer
 
 
 def config(model_file: Path, vocab_size: int, **data: Any) -> ExperimentConfig:
@@ -81,3 +84,37 @@ def test_counts_and_position_go_on(pipeline: Pipeline) -> None:
     assert (found.info, lines) == (expected.info, said)
     with pytest.raises(DataError, match="holds no data position that this program reads"):
         second.restore({"counts": {"seen": 3}})
+
+
+def _cut_every_fourth_image(source: Path, target: Path) -> None:
+    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
+        for number, member in enumerate(one for one in old if one.isfile()):
+            data = old.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name.endswith(".png") and number % 8 < 2:
+                data = data[: len(data) // 2]
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+
+
+def test_counts_of_two_hosts_are_those_of_one(corpus: Path, tmp_path: Path) -> None:
+    """By cause, after every step."""
+    _cut_every_fourth_image(next((corpus / "train").glob("pairs-000000.tar")), tmp_path / "cut.tar")
+    source = SourceConfig(name="pairs", kind="image_text", shards=f"{tmp_path}/cut.tar")
+    config = DataConfig(
+        sources=(source,), row_length=128, image_slots=8, global_batch_rows=2, read_threads=0, prefetch_batches=0,
+        max_bad_share=1.0,
+    )  # fmt: skip
+    tokenizer = Tokenizer(corpus / "tokenizer.model")
+    shares = [(1, 0), (2, 0), (2, 1)]
+    one, *two = (
+        open_pipeline(config, visual_tokens=4, image_size=8, tokenizer=tokenizer, hosts=hosts, host=host)
+        for hosts, host in shares
+    )
+    streams = [pipeline.iterate(0) for pipeline in (one, *two)]
+    for _ in range(30):
+        for stream in streams:
+            next(stream)
+        counts = [{name: c.to_dict() for name, c in pipeline.counts.items()} for pipeline in (one, *two)]
+        assert _summed(counts[1:]) == _summed(counts[:1])
+    bad = collections.Counter(counts[0]["pairs"])
+    assert bad["damaged_image"] > 10 and set(bad) == {"seen", "damaged_image"}
