@@ -160,11 +160,11 @@ def _wait_for_coordinator(coordinator: str, timeout_s: float) -> None:
 def _give_up(launch: Launch) -> None:
     wanted = f"{launch.num_processes} hosts" if launch.num_processes else "all hosts"
     where = launch.coordinator or "the coordinator that the cluster names"
-    _exit(
+    _say(
         f"{wanted} did not come together at {where} within {launch.start_timeout_s} s; does the same command run on "
-        "each, every --process_id once? --start_timeout_s waits longer",
-        EXIT_BAD_INPUT,
+        "each, every --process_id once? --start_timeout_s waits longer"
     )
+    os._exit(EXIT_BAD_INPUT)
 
 
 class _Watch:
@@ -181,7 +181,9 @@ class _Watch:
         except jax.errors.JaxRuntimeError:
             return  # The coordinator is gone, or we are leaving; jax ends this process in the first case.
         if not self._ending and told is not None:
-            _exit(f"host {told['host']} failed, so this one ends too: {told['text']}", told["code"])
+            self._ending = True
+            _say(f"host {told['host']} failed, so this one ends too: {told['text']}")
+            _exit(told["code"])
 
     def leave(self) -> None:
         """In good order: when all hosts have come this far, nobody needs to be watched, and all disconnect."""
@@ -195,7 +197,9 @@ class _Watch:
         """Say why this host ends, to the user and to the other hosts, and exit."""
         lost = isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)) is not None
         if lost:
-            time.sleep(_GRACE_S)  # when the other host could still say why, its words stand here, not ours
+            time.sleep(_GRACE_S)  # when the other host could still say why, its words count, not ours
+        if self._ending:
+            self._thread.join()  # it ends this process
         self._ending = True
         code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_HOST_LOST if lost else EXIT_FAILED
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
@@ -203,22 +207,27 @@ class _Watch:
             text = f"another host is gone ({_first_line(error)}); the same command goes on from the last checkpoint"
         elif not isinstance(error, UserError):
             traceback.print_exception(error)
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # there may be nobody left to tell
-            _tell({"host": index(), "code": code, "text": text})
-            time.sleep(_GRACE_S)  # host 0 carries the word: it stays until it has arrived
-        _exit(text, code)
+        _tell({"host": index(), "code": code, "text": text})
+        _say(text)
+        _exit(code)
 
 
 def _tell(failure: Mapping[str, Any] | None) -> None:
     """The first word counts."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is one, or nobody is left to tell
         _client().key_value_set(_FAILURE, json.dumps(failure))
 
 
-def _exit(text: str, code: int) -> NoReturn:
-    """One line, and out: nothing that would wait for the other hosts is run."""
+def _say(text: str) -> None:
     sys.stdout.flush()
-    print(f"\nemu2: {name()}: {text}", file=sys.stderr, flush=True)
+    # Host 0 may be in the middle of a progress bar.
+    print(f"{'' if index() else chr(10)}emu2: {name()}: {text}", file=sys.stderr, flush=True)
+
+
+def _exit(code: int) -> NoReturn:
+    """Out: nothing that would wait for the other hosts is run. Host 0 carries all words, and goes last."""
+    if index() == 0:
+        time.sleep(_GRACE_S)
     os._exit(code)
 
 
