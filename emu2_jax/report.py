@@ -427,7 +427,10 @@ def read_training_log(path: Path) -> TrainingLog | None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            by_step.setdefault(int(record["step"]), {}).update(record)
+            # The last line of a run has its times alone, and adds them to what was logged of the step.
+            times_alone = all(key == "step" or key.startswith(PREFIX) for key in record)
+            before = by_step.get(int(record["step"]), {}) if times_alone else {}
+            by_step[int(record["step"])] = {**before, **record}
         except (ValueError, KeyError, TypeError):
             unreadable += 1
     points: dict[str, list[tuple[int, float]]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -182,7 +182,8 @@ def test_a_frozen_vae_stays_in_float32_and_has_no_moments() -> None:
     assert "vae" not in str(tiny.leaf_paths(state["opt_state"]))
 
 
-class Chip(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Chip:
     """A device of some host, as far as a mesh looks at it."""
 
     id: int
