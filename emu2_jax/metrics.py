@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,10 @@ class Writer(Protocol):
         """Log one step."""
         ...
 
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Change numbers of the step that was logged last; of another step, nothing."""
+        ...
+
 
 class Silence:
     """The writer of hosts that leave the writing to another."""
@@ -38,6 +42,9 @@ class Silence:
         """Nothing."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
         """Nothing."""
 
 
@@ -79,6 +86,14 @@ class MetricWriter:
             if isinstance(value, int | float):
                 self._tensorboard.add_scalar(name, value, step)
 
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Change numbers of the step that was logged last; of another step, nothing."""
+        lines = read_lines(self._path)
+        if lines and lines[-1]["step"] == step:
+            self._file.close()
+            _rewrite(self._path, [*lines[:-1], {**lines[-1], **values}])
+            self._file = self._path.open("a", encoding="utf-8")
+
     def __enter__(self) -> MetricWriter:
         return self
 
@@ -100,11 +115,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _drop_after(path: Path, step: int) -> None:
     """Keep the whole lines of steps up to `step`."""
-    if not path.exists():
-        return
+    if path.exists():
+        _rewrite(path, [line for line in read_lines(path) if line["step"] <= step])
+
+
+def _rewrite(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -427,10 +427,7 @@ def read_training_log(path: Path) -> TrainingLog | None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            # The last line of a run has its times alone, and adds them to what was logged of the step.
-            times_alone = all(key == "step" or key.startswith(PREFIX) for key in record)
-            before = by_step.get(int(record["step"]), {}) if times_alone else {}
-            by_step[int(record["step"])] = {**before, **record}
+            by_step[int(record["step"])] = record
         except (ValueError, KeyError, TypeError):
             unreadable += 1
     points: dict[str, list[tuple[int, float]]] = {}

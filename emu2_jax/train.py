@@ -294,7 +294,7 @@ class Loop:
                 profiler.write()
                 self.checkpointer.wait()
                 goodput.lap("checkpoint")
-                writer.write(step, goodput.values())
+                writer.amend(step, goodput.values())
             if stopping and step < num_steps:
                 raise Stopped(f"stopped by a signal after step {step}; the same command goes on from there")
         return state

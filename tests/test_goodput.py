@@ -29,8 +29,8 @@ def line(number: int, **seconds: float) -> dict[str, float]:
         ([], {"step": 4.0}),  # no log: what the checkpoint says
         ([line(1, step=2.0), line(2, step=4.0)], {"step": 4.0}),  # stopped right after it
         ([line(2, step=4.0), line(3, step=7.0)], {"step": 4.0, "lost": 3.0}),  # killed one step later
-        # The last line of a stopped run also has the time of writing its checkpoint.
-        ([line(2, step=4.0), line(2, step=4.0, checkpoint=1.5)], {"step": 4.0, "checkpoint": 1.5}),
+        # The last line of a stopped run was given the time of writing its checkpoint.
+        ([line(2, step=4.0, checkpoint=1.5)], {"step": 4.0, "checkpoint": 1.5}),
     ],
 )
 def test_the_time_of_steps_that_are_done_again_is_lost(

@@ -44,11 +44,8 @@ def start_training(workdir: Path, gin_file: Path, corpus: Path) -> subprocess.Po
 
 def losses(workdir: Path) -> list[dict[str, Any]]:
     lines = (workdir / JSONL).read_text(encoding="utf-8").splitlines()
-    values = [
-        {k: v for k, v in json.loads(line).items() if k not in TIMINGS and not k.startswith("seconds/")}
-        for line in lines
-    ]
-    return [line for line in values if line.keys() > {"step"}]  # the last line of a start has its times alone
+    timed = ("seconds/", *TIMINGS)
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(timed)} for line in lines]
 
 
 def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> None:
