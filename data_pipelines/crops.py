@@ -38,7 +38,7 @@ class ImagePipeline(BatchStream[ImageBatch]):
         batch_images: int,
         random_scale_max: float,
         hosts: int,
-        host: int,
+        host: int | Sequence[int],
     ) -> None:
         remote = remote_files(config)
         window, run = config.shuffle_window, config.shuffle_run
@@ -166,7 +166,7 @@ def open_image_pipeline(
     random_scale_max: float,
     tokenizer: Tokenizer | None = None,
     hosts: int = 1,
-    host: int = 0,
+    host: int | Sequence[int] = 0,
     store_settings: Settings | None = None,
 ) -> ImagePipeline:
     """Opens the image-text sources of `config` for the visual decoder; sources of other kinds are left aside.

@@ -137,7 +137,7 @@ class Pipeline(BatchStream[PackedBatch]):
         tokenizer: Tokenizer,
         remote: RemoteFiles,
         hosts: int,
-        host: int,
+        host: int | Sequence[int],
     ) -> None:
         used = used_sources(config)
         turns = config.mixing, config.global_batch_rows if config.mixing == "mixed" else tuple(rows.values())
@@ -234,14 +234,15 @@ def open_pipeline(
     image_size: int,
     tokenizer: Tokenizer,
     hosts: int = 1,
-    host: int = 0,
+    host: int | Sequence[int] = 0,
     store_settings: Settings | None = None,
 ) -> Pipeline:
     """Opens every source of `config`, building indexes that are missing, for rows with N = `visual_tokens`.
 
     `store_settings` are those that the embeddings of a source must have been made with, where it names any.
-    Host number `host` of `hosts` gets its contiguous share of every global batch. Raises `ConfigError` for settings
-    that do not go together and `DataError` for missing, cut or foreign shards, before anything is trained.
+    Host number `host` of `hosts` gets its contiguous share of every global batch, or several of them. Raises
+    `ConfigError` for settings that do not go together and `DataError` for missing, cut or foreign shards, before
+    anything is trained.
     """
     check_sources(config.sources)
     shapes = {}

@@ -113,6 +113,10 @@ def open_crop_stores(source: SourceConfig, index: SampleIndex, store_settings: S
     ]
 
 
-def share_of_host(total: int, hosts: int, host: int) -> range:
-    """Which of `total` rows host number `host` of `hosts` takes: a contiguous share."""
-    return range(total * host // hosts, total * (host + 1) // hosts)
+def share_of_host(total: int, hosts: int, host: int | Sequence[int]) -> list[int]:
+    """Which of `total` rows host number `host` of `hosts` takes: a contiguous share.
+
+    Several numbers are the shares of a host that holds more than one, in their order.
+    """
+    shares = [host] if isinstance(host, int) else host
+    return [row for share in shares for row in range(total * share // hosts, total * (share + 1) // hosts)]

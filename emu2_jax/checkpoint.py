@@ -3,10 +3,14 @@
 A checkpoint holds three items: `state` (step, params, opt_state, rng), `input` (the data position and its counters)
 and `config` (the operative config). Orbax writes into a temporary name and renames when all is on disk, so a killed
 writer leaves no directory that looks complete.
+
+On several hosts a checkpoint is one: each host writes its shards into the same directory. What is gone on with is
+decided together, for a checkpoint that one host cannot read is of no use to the others.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import shutil
@@ -17,6 +21,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from emu2_jax import hosts
 from emu2_jax.config import CheckpointConfig
 from emu2_jax.errors import CheckpointError
 from emu2_jax.sharding import path_of
@@ -60,8 +65,10 @@ class Checkpointer:
     def __init__(self, workdir: Path, config: CheckpointConfig, say: Callable[[str], None]) -> None:
         self._folder = (workdir / FOLDER).absolute()
         self._say = say
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._remove_unfinished()
+        if hosts.index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._remove_unfinished()
+        hosts.wait("checkpoints")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep,
             enable_async_checkpointing=config.asynchronous,
@@ -99,25 +106,23 @@ class Checkpointer:
         None when there is no checkpoint. A checkpoint that cannot be read is moved aside, with a line that says so,
         and the one before it is used; when there are checkpoints and none can be read, `CheckpointError`.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = sorted(hosts.gather("steps", list(self._manager.all_steps()))[0], reverse=True)
         for step in steps:
             self._check_same_model(step, abstract_state)
             self._check_trained(step)
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract_state), input=ocp.args.JsonRestore()
-                    ),
-                )
-            except _UNREADABLE as error:
-                aside = self._set_aside(step)
-                self._say(f"checkpoint {step} cannot be read ({_first_line(error)}); moved to {aside}")
-                continue
-            return restored["state"], restored["input"]
+            restored, problem = _together(functools.partial(self._read, step, abstract_state))
+            if restored is not None:
+                return restored
+            aside = self._set_aside(step)
+            self._say(f"checkpoint {step} cannot be read ({problem}); moved to {aside}")
         if steps:
             raise CheckpointError(f"{self._folder}: none of the checkpoints {steps} can be read; see the lines above")
         return None
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, Mapping[str, Any]]:
+        folder = self._folder / f"{step:08d}"
+        state = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
+        return state, ocp.JsonCheckpointHandler().restore(folder / "input", args=ocp.args.JsonRestore())
 
     def _check_same_model(self, step: int, abstract_state: Any) -> None:
         """Raise `CheckpointError` when the checkpoint is whole but of another model: nothing is wrong with it."""
@@ -148,11 +153,13 @@ class Checkpointer:
     def _set_aside(self, step: int) -> Path:
         source = self._folder / f"{step:08d}"
         target = source.with_name(source.name + _INCOMPLETE)
-        count = 1
-        while target.exists():
-            target = source.with_name(f"{source.name}{_INCOMPLETE}{count}")
-            count += 1
-        source.rename(target)
+        if hosts.index() == 0:
+            count = 1
+            while target.exists():
+                target = source.with_name(f"{source.name}{_INCOMPLETE}{count}")
+                count += 1
+            source.rename(target)
+        hosts.wait("aside")
         self._manager.reload()
         return target
 
@@ -171,45 +178,52 @@ _UNREADABLE = (ValueError, OSError, KeyError, TypeError)
 T = TypeVar("T")
 
 
-def _read_newest(
-    workdir: Path, read: Callable[[ocp.CheckpointManager, int], T], say: Callable[[str], None] = print
-) -> T:
-    """What `read` gives of the newest checkpoint of another work directory that it can read.
+def _together(read: Callable[[], T]) -> tuple[T | None, str]:
+    """What `read` gives, if it does on every host; else None and what was wrong, on all of them.
+
+    Nothing in `read` may wait for other hosts (as Orbax's managers do): one that fails does not come that far.
+    """
+    result, problem = None, None
+    try:
+        result = read()
+    except _UNREADABLE as error:
+        problem = _first_line(error)
+    problems = {host: told for host, told in enumerate(hosts.gather("read", problem)) if told is not None}
+    if not problems:
+        return result, ""
+    host, problem = next(iter(problems.items()))
+    return None, problem if hosts.count() == 1 else f"on host {host}: {problem}"
+
+
+def _read_newest(workdir: Path, read: Callable[[Path, int], T], say: Callable[[str], None] = print) -> T:
+    """What `read` gives of the newest checkpoint of another work directory that it can read: (state's folder, step).
 
     Older ones are tried when it cannot, with a line each; the directory is left as it is.
     """
     folder = (workdir / FOLDER).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"{workdir}: holds no checkpoint; train that stage first")
-    options = ocp.CheckpointManagerOptions(read_only=True, step_format_fixed_length=8)
-    handlers = {
-        "state": ocp.PyTreeCheckpointHandler(),
-        "input": ocp.JsonCheckpointHandler(),
-        "config": ocp.JsonCheckpointHandler(),
-    }
-    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
-        for step in steps:
-            try:
-                return read(manager, step)
-            except _UNREADABLE as error:
-                say(f"{workdir}: checkpoint {step} cannot be read ({_first_line(error)}); looking for an older one")
+    complete = [int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+    steps = sorted(hosts.gather("steps", complete)[0], reverse=True)
+    for step in steps:
+        result, problem = _together(functools.partial(read, folder / f"{step:08d}" / "state", step))
+        if result is not None:
+            return result
+        if hosts.index() == 0:
+            say(f"{workdir}: checkpoint {step} cannot be read ({problem}); looking for an older one")
     if not steps:
         raise CheckpointError(f"{workdir}: holds no complete checkpoint; train that stage first")
     raise CheckpointError(f"{workdir}: none of the checkpoints {steps} can be read; see the lines above")
 
 
-def _saved_params(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    metadata = manager.item_metadata(step)["state"]
-    if metadata is None:
-        raise ValueError("its list of arrays is missing")
-    return dict(metadata.tree["params"])
+def _saved_params(state: Path, step: int) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters in the folder of a state."""
+    return dict(ocp.PyTreeCheckpointHandler().metadata(state).tree["params"])
 
 
 def latest_state(workdir: Path) -> tuple[Path, dict[str, Any]]:
     """Where the state of the newest checkpoint of a work directory lies, and the metadata of its parameters."""
-    folder = (workdir / FOLDER).absolute()
-    return _read_newest(workdir, lambda manager, step: (folder / f"{step:08d}" / "state", _saved_params(manager, step)))
+    return _read_newest(workdir, lambda state, step: (state, _saved_params(state, step)))
 
 
 def saved_parts(workdir: Path) -> set[str]:
@@ -219,7 +233,7 @@ def saved_parts(workdir: Path) -> set[str]:
 
 def saved_step(workdir: Path) -> int:
     """Step of the newest checkpoint of a work directory."""
-    return _read_newest(workdir, lambda manager, step: step)
+    return _read_newest(workdir, lambda state, step: step)
 
 
 #: Fits a saved array to another shape: (parameter path, saved array, wanted shape) -> array, or None if it cannot.
@@ -234,8 +248,8 @@ def load_parts(workdir: Path, abstract_params: Mapping[str, Any], fit: Fit) -> d
     differs and `fit` cannot help (naming it).
     """
 
-    def read(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-        shapes = _shapes({"params": _saved_params(manager, step)})
+    def read(state: Path, step: int) -> dict[str, Any]:
+        shapes = _shapes({"params": _saved_params(state, step)})
 
         def as_saved(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             name = path_of(path)
@@ -253,7 +267,7 @@ def load_parts(workdir: Path, abstract_params: Mapping[str, Any], fit: Fit) -> d
         arguments = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
-        return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
+        return ocp.PyTreeCheckpointHandler().restore(state, args=arguments)["params"]
 
     def fitted(path: Any, array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if array.shape == leaf.shape:

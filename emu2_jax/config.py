@@ -184,6 +184,7 @@ class TrainConfig:
     seed: int = 0  #: initial parameters and every draw inside a step
     log_every_steps: int = 10  #: a line of metrics.jsonl; every step is checked for finite losses all the same
     init_from: str | None = None  #: work directory of an earlier stage; the parts it has are taken over
+    profile_steps: tuple[int, int] | None = None  #: write a profiler trace: first step, number of steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +310,10 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _require(language.head_width % 2 == 0, path, "gives an odd head width; rotary needs pairs")
     _require(language.num_heads % language.num_kv_heads == 0, "model.language.num_kv_heads", "must divide num_heads")
     _require_positive(config.train, "train", "num_steps", "log_every_steps")
+    profiled = config.train.profile_steps
+    _require(
+        profiled is None or min(profiled) >= 1, "train.profile_steps", "must be a first step and a number of steps"
+    )
     _require_positive(config.checkpoint, "checkpoint", "every_steps")
     _require(config.checkpoint.keep is None or config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")
     _require(config.evaluation.num_samples >= 2, "evaluation.num_samples", "must be at least 2")

@@ -8,6 +8,8 @@ exits with code 2; any other exception is a bug and keeps its traceback.
 class UserError(Exception):
     """Bad input: the message says what was wrong, where, what was wanted and, if there is one, the next step."""
 
+    on_all_hosts = False  #: whether every host of a run raises it at the same place, so that they can end in good order
+
 
 class ConfigError(UserError):
     """A config path, value or combination is not valid. The message starts with the dotted path."""
@@ -19,6 +21,12 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A work directory or checkpoint cannot be used for what was asked."""
+
+
+class HostsError(UserError):
+    """The hosts of a run do not come together, or are not alike. Raised on all of them."""
+
+    on_all_hosts = True
 
 
 class WeightsError(UserError):

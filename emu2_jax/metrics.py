@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.extend.core import jaxprs_in_params
@@ -16,6 +17,45 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 JSONL = "metrics.jsonl"
+
+
+class Writer(Protocol):
+    """Where the numbers of a run go."""
+
+    def advance(self, loss: float, rates: Mapping[str, float]) -> None:
+        """One more step is done."""
+        ...
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log one step."""
+        ...
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Change numbers of the step that was logged last; of another step, nothing."""
+        ...
+
+
+class Silence:
+    """The writer of hosts that leave the writing to another."""
+
+    def advance(self, loss: float, rates: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def open_writer(workdir: Path, *, first_host: bool, start_step: int, num_steps: int, title: str) -> Iterator[Writer]:
+    """One host of a run writes what all of them did."""
+    if not first_host:
+        yield Silence()
+        return
+    with MetricWriter(workdir, start_step=start_step, num_steps=num_steps, title=title) as writer:
+        yield writer
 
 
 class MetricWriter:
@@ -38,13 +78,21 @@ class MetricWriter:
         self._bar.set_postfix({"loss": f"{loss:.4f}", **{k: f"{v:,.0f}" for k, v in rates.items()}}, refresh=False)
         self._bar.update()
 
-    def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Log one step; `step` counts finished optimiser steps."""
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log one step; `step` counts finished optimiser steps. TensorBoard gets the numbers."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            if not isinstance(value, str):
+            if isinstance(value, int | float):
                 self._tensorboard.add_scalar(name, value, step)
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Change numbers of the step that was logged last; of another step, nothing."""
+        lines = read_lines(self._path)
+        if lines and lines[-1]["step"] == step:
+            self._file.close()
+            _rewrite(self._path, [*lines[:-1], {**lines[-1], **values}])
+            self._file = self._path.open("a", encoding="utf-8")
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -57,14 +105,23 @@ class MetricWriter:
         self._file.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the whole lines of steps up to `step`; a killed writer may have left half a line."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What a metrics.jsonl says; a killed writer may have left half a line, which is left out."""
     if not path.exists():
-        return
+        return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the whole lines of steps up to `step`."""
+    if path.exists():
+        _rewrite(path, [line for line in read_lines(path) if line["step"] <= step])
+
+
+def _rewrite(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -40,12 +40,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image, UnidentifiedImageError
 
 from emu2_jax.errors import UserError
+from emu2_jax.goodput import PREFIX
 
 SHOWN_SAMPLES = 24  #: samples per split that are drawn into the page; the JSON files hold all
 EMBEDDED_SIDE = 256  #: pixels, longest side of an embedded picture
 PIXELATED_SIDE = 96  #: pixels; pictures up to this size are shown at twice their size, unsmoothed
 CURVE_BINS = 300  #: a longer curve is drawn through the minimum and the maximum of this many bins
 SMOOTHING_SHARE = 0.05  #: share of a stage's logged steps in the window of a smoothed curve
+SHOWN_SLOW_STEPS = 12  #: the slowest of a stage
 SETTLED_SHARE = 0.1  #: share of a stage's logged steps, from its start, left out of the throughput table
 LOG_AXIS_RATIO = 20.0  #: positive curves whose maximum is this many times their minimum get a logarithmic axis
 
@@ -235,11 +237,25 @@ class Series:
     values: Float[np.ndarray, " points"]
 
 
+#: Where time goes (`emu2_jax.goodput`), in the order of the page: what it is, and what it was good for.
+ACTIVITIES = {
+    "step": ("training steps", "the devices compute"),
+    "data_wait": ("waiting for data", "no batch was ready"),
+    "checkpoint": ("checkpoints", "the part of a save that training waits for"),
+    "compile": ("compiling", "the first call of the step with each batch shape"),
+    "start": ("starting", "opening the data, restoring or initialising the state"),
+    "profile": ("profiling", "writing traces"),
+    "lost": ("lost", "steps that were done again after a kill, because no checkpoint held them"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingLog:
     """The metrics.jsonl of a stage."""
 
     series: Mapping[str, Series]
+    seconds: Mapping[str, float]  #: of each activity, over all starts
+    slow_steps: tuple[Mapping[str, Any], ...]
     unreadable_lines: int  #: a killed writer can leave a cut line
     not_finite: int  #: values that are NaN or infinite, left out of the series
 
@@ -316,6 +332,10 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "curves": {name: log and _plots(name, log, _learning_panels(log)) for name, log in logs.items()},
         "other_curves": {name: _plots(name, log, _other_panels(log)) for name, log in logs.items() if log},
         "log_notes": {name: _log_note(log) for name, log in logs.items() if log},
+        "activities": ACTIVITIES,
+        "time_shares": {name: _shares(log) for name, log in logs.items() if log and log.seconds},
+        "slow_steps": {name: _slow_steps(log) for name, log in logs.items() if log and log.slow_steps},
+        "num_slow_steps": {name: len(log.slow_steps) for name, log in logs.items() if log},
         "throughput": {name: log and _plots(name, log, THROUGHPUT_PANELS) for name, log in logs.items()},
         "throughput_columns": THROUGHPUT_COLUMNS,
         "throughput_rows": {name: _typical(log) for name, log in logs.items() if log},
@@ -412,16 +432,43 @@ def read_training_log(path: Path) -> TrainingLog | None:
             unreadable += 1
     points: dict[str, list[tuple[int, float]]] = {}
     not_finite = 0
+    seconds: dict[str, float] = {}
+    slow: list[Mapping[str, Any]] = []
     for step, record in sorted(by_step.items()):
+        slow += record.get("slow_steps", [])
         for key, value in record.items():
             if key == "step" or not _is_number(value):
+                continue
+            if key.startswith(PREFIX):
+                seconds[key.removeprefix(PREFIX)] = float(value)
                 continue
             if math.isfinite(value):
                 points.setdefault(key, []).append((step, value))
             else:
                 not_finite += 1
     series = {key: Series(*np.asarray(pairs, dtype=np.float64).T) for key, pairs in points.items()}
-    return TrainingLog(series, unreadable, not_finite)
+    return TrainingLog(series, seconds, tuple(slow), unreadable, not_finite)
+
+
+def _shares(log: TrainingLog) -> list[tuple[str, float, float]]:
+    """Where a stage's time went: (activity, seconds, share of all)."""
+    total = sum(log.seconds.values())
+    return [(name, log.seconds[name], log.seconds[name] / total) for name in ACTIVITIES if log.seconds.get(name)]
+
+
+def _slow_steps(log: TrainingLog) -> list[tuple[str, str, str, str, str]]:
+    """The slowest steps, in words: step, host, how long, what is usual, what it coincided with."""
+    slowest = sorted(log.slow_steps, key=lambda slow: slow["usual_s"] - slow["step_s"])[:SHOWN_SLOW_STEPS]
+    rows = []
+    for slow in sorted(slowest, key=lambda slow: slow["step"]):
+        host = "all" if slow["host"] is None else str(slow["host"])
+        known = slow["cause"] != "step"
+        cause = (
+            f"{ACTIVITIES[slow['cause']][0]}, {format_duration(slow['cause_s'])}" if known else "nothing that is known"
+        )
+        usual = format_duration(slow["usual_s"])
+        rows.append((f"{slow['step']:,}", host, format_duration(slow["step_s"]), usual, cause))
+    return rows
 
 
 def _config_lines(path: Path) -> list[tuple[str, bool]] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -127,6 +128,46 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+@dataclass(frozen=True)
+class RowShares:
+    """Which rows of a global batch the devices of one host hold: some of `count` equal, contiguous shares."""
+
+    count: int
+    mine: tuple[int, ...]  # in ascending order
+    counted: bool  # false where a host with a lower number holds the same rows (mesh.tensor reaches over hosts)
+
+
+#: Of a host that is alone.
+ALL_ROWS = RowShares(1, (0,), True)
+
+
+def row_shares(mesh: Mesh, process: int) -> RowShares:
+    """The rows of a host in terms of the mesh, for any order of its devices.
+
+    Two hosts of two devices, fsdp 4: host 0 has share 0 of 2. The same with tensor 4: each has share 0 of 1, and host
+    1 does not count. Were the devices of the hosts taken in turn, host 0 would have shares 0 and 2 of 4.
+    """
+    axes = batch_sharding(mesh).spec[0]
+    count = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    held: dict[int, set[int]] = {}
+    places: Mapping[Any, Any] = NamedSharding(mesh, P(axes)).devices_indices_map((count,))
+    for device, index in places.items():
+        held.setdefault(device.process_index, set()).add(index[0].start or 0)
+    if process not in held:
+        raise ConfigError(f"mesh: holds no device of host {process}; use all devices of all hosts")
+    sharing = [host for host in sorted(held) if held[host] & held[process]]
+    if any(held[host] != held[process] for host in sharing):
+        raise ConfigError(
+            f"mesh: hosts {sharing} share rows of the batch in part only; choose mesh.tensor so that it divides the "
+            "devices of a host, or is a multiple of them"
+        )
+    mine, counted = sorted(held[process]), process == sharing[0]
+    size = len(mine)
+    if mine == list(range(mine[0], mine[0] + size)) and mine[0] % size == 0 and count % size == 0:
+        return RowShares(count // size, (mine[0] // size,), counted)
+    return RowShares(count, tuple(mine), counted)
 
 
 def check_batch(rows: int, accumulation_steps: int, mesh: Mesh, path: str) -> None:

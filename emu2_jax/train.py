@@ -6,10 +6,10 @@ checkpoint. State and input position are saved together, so a run that was kille
 
 from __future__ import annotations
 
-import math
+import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -18,17 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from emu2_jax import hosts, sharding
 from emu2_jax import optimizer as optimizer_lib
-from emu2_jax import sharding
 from emu2_jax.checkpoint import Checkpointer, load_parts, saved_parts
 from emu2_jax.config import ExperimentConfig
-from emu2_jax.errors import CheckpointError, UserError
-from emu2_jax.metrics import MetricWriter
+from emu2_jax.errors import CheckpointError
+from emu2_jax.goodput import Goodput, Profiler
+from emu2_jax.metrics import JSONL, Writer, open_writer, read_lines
 from emu2_jax.models.eva_vit import resize_position_embedding
-from emu2_jax.task import Batch, Losses, Params, Task, Term
+from emu2_jax.monitor import Monitor
+from emu2_jax.task import Batch, Losses, Params, Task
 
 State = dict[str, Any]  # {"step", "params", "opt_state", "rng"}, a tree of arrays
 
@@ -56,12 +59,10 @@ class Input(Protocol):
         ...
 
 
-class Diverged(UserError):
-    """A loss term or the gradient is not finite."""
-
-
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C arrived; the state is saved."""
+    """SIGTERM or Ctrl-C arrived, on some host; the state is saved."""
+
+    on_all_hosts = True
 
 
 def make_step(
@@ -194,65 +195,115 @@ def train(
     operative_config: str,
     say: Callable[[str], None],
     inspect: Callable[[Params], None] = lambda params: None,
+    goodput: Goodput | None = None,
 ) -> Params:
     """Train to `train.num_steps`, from the newest checkpoint of `workdir` if there is one. Returns the parameters.
 
     `program` is what `build_program` made of task and config. Raises `Diverged` when a loss is not finite, and
-    `Stopped` after SIGTERM or Ctrl-C, with the state saved. `inspect` is shown the parameters before the first step.
+    `Stopped` after SIGTERM or Ctrl-C, with the state saved; on several hosts, all of them do. `inspect` is shown the
+    parameters before the first step; `goodput` has measured since the run began.
     """
     checkpointer = Checkpointer(workdir, config.checkpoint, say)
+    loop = Loop(config, task, program, data, workdir, checkpointer, goodput or Goodput(), operative_config, say)
     try:
         with StopSignal() as stop:
-            return _train(config, program, task, data, workdir, checkpointer, stop, operative_config, say, inspect)
-    finally:
-        checkpointer.close()
+            params = loop.run(stop, inspect)
+    except Exception as error:
+        if hosts.is_alike(error):
+            checkpointer.close()
+        raise  # the others may not come to close it, too
+    checkpointer.close()
+    return params
 
 
-def _train(
-    config: ExperimentConfig,
-    program: Program,
-    task: Task,
-    data: Input,
-    workdir: Path,
-    checkpointer: Checkpointer,
-    stop: StopSignal,
-    operative_config: str,
-    say: Callable[[str], None],
-    inspect: Callable[[Params], None],
-) -> Params:
-    num_steps = config.train.num_steps
-    restored = checkpointer.restore(program.abstract_state)
-    if restored is None:
-        state = initial_state(program, config, say)
-    else:
-        state, input_state = restored
-        data.restore(input_state)
-        say(f"resuming {config.name} after step {int(state['step'])} of {num_steps}")
-    start = saved = int(state["step"])
-    if start >= num_steps:
-        say(f"{config.name} is finished: {start} steps in {workdir}")
+@dataclass(frozen=True)
+class Loop:
+    """What a run consists of while it trains."""
+
+    config: ExperimentConfig
+    task: Task
+    program: Program
+    data: Input
+    workdir: Path
+    checkpointer: Checkpointer
+    goodput: Goodput
+    operative_config: str
+    say: Callable[[str], None]
+
+    def run(self, stop: StopSignal, inspect: Callable[[Params], None]) -> Params:
+        """From the newest checkpoint to the last step."""
+        config, num_steps = self.config, self.config.train.num_steps
+        state = self._start()
+        start = int(state["step"])
+        if start >= num_steps:
+            self.say(f"{config.name} is finished: {start} steps in {self.workdir}")
+            return state["params"]
+        inspect(state["params"])
+        with open_writer(
+            self.workdir, first_host=hosts.index() == 0, start_step=start, num_steps=num_steps, title=config.name
+        ) as writer:
+            state = self._steps(state, start, writer, stop)
         return state["params"]
 
-    inspect(state["params"])
-    place = BatchPlacer(program.mesh)
-    batches = data.iterate(start)
-    with MetricWriter(workdir, start_step=start, num_steps=num_steps, title=config.name) as writer:
-        monitor = Monitor(config, task, writer, last_checkpoint=lambda: checkpointer.latest_step)
+    def _start(self) -> State:
+        restored = self.checkpointer.restore(self.program.abstract_state)
+        if restored is None:
+            return initial_state(self.program, self.config, self.say)
+        state, input_state = restored
+        self.data.restore(input_state)
+        step = int(state["step"])
+        self.goodput.go_on(input_state.get("seconds", {}), read_lines(self.workdir / JSONL), step)
+        self.say(f"resuming {self.config.name} after step {step} of {self.config.train.num_steps}")
+        return state
+
+    def _steps(self, state: State, start: int, writer: Writer, stop: StopSignal) -> State:
+        config, num_steps, goodput = self.config, self.config.train.num_steps, self.goodput
+        place = BatchPlacer(self.program.mesh)
+        monitor = Monitor(
+            *(config, self.task, writer, goodput),
+            counted=place.shares.counted,
+            last_checkpoint=lambda: self.checkpointer.latest_step,
+        )
+        profiler = Profiler(config.train.profile_steps, self.workdir, self.say)
+        batches = self.data.iterate(start)
+        compiled: set[Any] = set()  # batch shapes that the step was called with
+        goodput.lap("start")
         for step in range(start + 1, num_steps + 1):
-            began = time.perf_counter()
+            if profiler.before(step):
+                goodput.lap("profile")
             batch = next(batches)
-            waited = time.perf_counter() - began
-            state, log = program.step(state, place(batch.arrays))
-            monitor.push(step, log, batch, waited)
-            if step == num_steps or stop.requested or step % config.checkpoint.every_steps == 0:
+            waited = goodput.lap("data_wait")
+            placed = place(batch.arrays)
+            shapes = {name: array.shape for name, array in placed.items()}
+            goodput.lap("step")
+            state, log = self.program.step(state, placed)
+            new = tuple(shapes.items())
+            goodput.lap("step" if new in compiled else "compile")
+            compiled.add(new)
+            monitor.push(step, log, shapes, batch, waited)
+            goodput.lap("step")
+            if profiler.ends_with(step):
+                monitor.flush()
+                profiler.write()
+                goodput.lap("profile")
+            stopping = stop.reached(step)
+            if step == num_steps or stopping or step % config.checkpoint.every_steps == 0:
                 monitor.flush()  # a state whose losses were not looked at is not saved
-                checkpointer.save(step, state, data.state(), operative_config)
-                saved = step
-            if stop.requested and step < num_steps:
-                checkpointer.wait()
-                raise Stopped(f"stopped by a signal after step {saved}; the same command goes on from there")
-    checkpointer.wait()
-    return state["params"]
+                self._save(step, state)
+            if stopping or step == num_steps:
+                profiler.write()
+                self.checkpointer.wait()
+                goodput.lap("checkpoint")
+                writer.amend(step, goodput.values())
+            if stopping and step < num_steps:
+                raise Stopped(f"stopped by a signal after step {step}; the same command goes on from there")
+        return state
+
+    def _save(self, step: int, state: State) -> None:
+        self.goodput.lap("step")
+        input_state = {**self.data.state(), "seconds": self.goodput.state()}
+        self.checkpointer.save(step, state, input_state, self.operative_config)
+        self.goodput.lap("checkpoint")
 
 
 class BatchPlacer:
@@ -260,101 +311,52 @@ class BatchPlacer:
 
     def __init__(self, mesh: Mesh) -> None:
         self._sharding = sharding.batch_sharding(mesh)
+        #: Which rows of every global batch this host has to bring along.
+        self.shares = sharding.row_shares(mesh, jax.process_index())
 
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Put this host's rows on its devices."""
-        return {name: jax.make_array_from_process_local_data(self._sharding, array) for name, array in arrays.items()}
+        return {name: self._place(array) for name, array in arrays.items()}
 
+    def _place(self, array: np.ndarray) -> Array:
+        count, mine = self.shares.count, self.shares.mine
+        rows = len(array) // len(mine)  # of a share
+        begins = {share * rows: place * rows for place, share in enumerate(mine)}  # global -> in `array`
 
-class Monitor:
-    """Looks at each step's numbers one step later, so that the device always has work; stops a diverged run."""
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(rows * count)
+            share = max(begin for begin in begins if begin <= first)
+            offset = begins[share] - share
+            return array[(slice(first + offset, last + offset), *index[1:])]
 
-    def __init__(
-        self, config: ExperimentConfig, task: Task, writer: MetricWriter, last_checkpoint: Callable[[], int | None]
-    ) -> None:
-        self._config = config
-        self._task = task
-        self._writer = writer
-        self._last_checkpoint = last_checkpoint
-        self._pending: tuple[int, dict[str, Any], HostBatch] | None = None
-        self._waits_s: list[float] = []  # of the steps since the last line, so that no stall falls between two lines
-        self._schedule = optimizer_lib.relative_schedule(config.optimizer, config.train.num_steps)
-        self._last_time = time.perf_counter()
-        self._flops_of_shape: dict[Any, int] = {}
-
-    def push(self, step: int, log: dict[str, Any], batch: HostBatch, waited_s: float) -> None:
-        """Take over the (still computing) numbers of `step`; look at those of the step before."""
-        self.flush()
-        self._pending = (step, log, batch)
-        self._waits_s.append(waited_s)
-
-    def flush(self) -> None:
-        """Wait for the pending step, check it and log it."""
-        if self._pending is None:
-            return
-        step, log, batch = self._pending
-        self._pending = None
-        values = self._values(jax.device_get(log))
-        self._check_finite(step, values)
-        now = time.perf_counter()
-        step_s, self._last_time = now - self._last_time, now
-        rates = {
-            f"{name}_per_s": float(batch.info[name]) / step_s for name in ("tokens", "images") if name in batch.info
-        }
-        self._writer.advance(values["loss"], {name.replace("_per_", "/"): rate for name, rate in rates.items()})
-        if step % self._config.train.log_every_steps == 0 or step == self._config.train.num_steps:
-            values |= {
-                "learning_rate": self._config.optimizer.learning_rate * float(self._schedule(step - 1)),
-                "step_s": step_s,
-                "data_wait_s": sum(self._waits_s) / len(self._waits_s),
-                "data_wait_max_s": max(self._waits_s),
-                "model_tflops_per_s": self._flops(batch) / step_s / 1e12,
-            }
-            self._writer.write(step, {**values, **rates, **batch.info})
-            self._waits_s.clear()
-
-    def _flops(self, batch: HostBatch) -> int:
-        """Model FLOPs of the global batch; counted once per batch shape, for counting traces the model."""
-        shapes = {name: array.shape for name, array in batch.arrays.items()}
-        key = tuple(shapes.items())
-        if key not in self._flops_of_shape:
-            self._flops_of_shape[key] = self._task.model_flops(shapes) * jax.process_count()
-        return self._flops_of_shape[key]
-
-    def _values(self, log: dict[str, Any]) -> dict[str, float]:
-        """Means of this step; a metric whose weight is 0 (no image in the batch, say) is left out."""
-
-        def mean(term: Term) -> float:
-            return float(term.sum) / float(term.weight)
-
-        terms = {name: mean(term) if term.weight > 0 else 0.0 for name, term in log["terms"].items()}
-        loss = sum(self._task.coefficients[name] * value for name, value in terms.items())
-        metrics = {name: mean(term) for name, term in log["metrics"].items() if term.weight > 0}
-        named_terms = {f"loss/{name}": value for name, value in terms.items() if log["terms"][name].weight > 0}
-        return {"loss": loss, **named_terms, "grad_norm": float(log["grad_norm"]), **metrics}
-
-    def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            last = self._last_checkpoint()
-            advice = "there is no checkpoint before it" if last is None else f"the last good checkpoint is step {last}"
-            raise Diverged(f"step {step}: {', '.join(bad)} not finite; {advice}")
+        return jax.make_array_from_callback((rows * count, *array.shape[1:]), self._sharding, part)
 
 
 class StopSignal:
-    """Notes SIGTERM, or Ctrl-C, instead of dying, so that the loop can save first. A second Ctrl-C kills."""
+    """Notes SIGTERM, or Ctrl-C, instead of dying, so that the loop can save first. A second Ctrl-C kills.
+
+    On several hosts jax notes SIGTERM and lets all of them know; they agree on a step that none has passed.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
+        self._several = hosts.count() > 1
+
+    def reached(self, step: int) -> bool:
+        """Whether to save after this step and stop. To be asked at every step, on every host."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._requested
 
     def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._requested = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._several:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -94,8 +94,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_data_commands(add("data", None, "build, convert, index, check and look through corpora"))
 
+    from experiments.launch import HOSTS_EPILOG, add_flags
+
     train = add("train", _train, "train a recipe, or go on with it")
-    train.epilog = TRAIN_EPILOG
+    train.epilog = f"{TRAIN_EPILOG}\n{HOSTS_EPILOG}"
     train.add_argument("recipe", help="a name that `emu2 recipes` lists")
     train.add_argument("--workdir", type=Path, help="where checkpoints, metrics and the operative config go")
     train.add_argument("--gin_file", type=Path, action="append", default=[], metavar="FILE", help="override file")
@@ -107,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="setting (or section) that may differ from the one the work directory was trained with",
     )
+    add_flags(train)
 
     encode = add("encode", _encode, "store what a frozen encoder makes of images, so that training need not")
     encode.epilog = ENCODE_EPILOG
@@ -312,18 +315,26 @@ def _data_index(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> None:
     from emu2_jax.errors import ConfigError
+    from experiments.launch import launch_settings, split
+
+    settings = None if arguments.dry_run else launch_settings(arguments, os.environ)
+    if settings is not None:
+        split("host {process_id} of {num_processes}".format(**settings) if "process_id" in settings else "this host")
+
+    from emu2_jax.hosts import Launch, connected
     from emu2_jax.train import Stopped
     from experiments.describe import describe
     from experiments.runs import resolve, run_training
 
-    config, provenance = resolve(arguments.recipe, arguments.gin_file, rest)
     if arguments.dry_run:
-        print(describe(config, provenance))
+        print(describe(*resolve(arguments.recipe, arguments.gin_file, rest)))
         return
     if arguments.workdir is None:
         raise ConfigError("--workdir: needed to train; --dry_run does without")
     try:
-        run_training(config, provenance, arguments.workdir, allowed_changes=arguments.allow_config_change)
+        with connected(None if settings is None else Launch(**settings)):
+            config, provenance = resolve(arguments.recipe, arguments.gin_file, rest)
+            run_training(config, provenance, arguments.workdir, allowed_changes=arguments.allow_config_change)
     except Stopped as stopped:
         print(f"emu2: {stopped}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import collections
-import functools
+import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
 
 from data_pipelines.batches import ImageBatch, PackedBatch
 from data_pipelines.crops import ImagePipeline, open_image_pipeline
@@ -20,6 +18,7 @@ from data_pipelines.pipeline import Pipeline, open_pipeline
 from data_pipelines.position import saved_of
 from data_pipelines.samples import SampleCounts
 from data_pipelines.streaming import StreamPipeline, is_stream, open_stream
+from emu2_jax import hosts
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.diffusion.decoder import DecoderTask
 from emu2_jax.diffusion.vae import stored_latent
@@ -27,6 +26,7 @@ from emu2_jax.errors import ConfigError, DataError
 from emu2_jax.fingerprint import fingerprint
 from emu2_jax.models.emu2 import PretrainTask
 from emu2_jax.sequence import RowShape, batch_shapes
+from emu2_jax.sharding import ALL_ROWS, RowShares
 from emu2_jax.task import Params, Task
 from emu2_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from emu2_jax.train import HostBatch
@@ -36,7 +36,8 @@ class TrainingInput:
     """A pipeline as the trainer's `Input`.
 
     `allowed_changes` are the settings that may differ from those of the run that is gone on with. `say` receives one
-    line for what the user should know: a source begins a new epoch, say.
+    line for what the user should know: a source begins a new epoch, say. What another host reads, too, is `counted`
+    by one of them.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class TrainingInput:
         pipeline: Pipeline | ImagePipeline | StreamPipeline,
         allowed_changes: Collection[str] = (),
         say: Callable[[str], None] = print,
+        counted: bool = True,
     ) -> None:
         self._pipeline = pipeline
         self._allowed_changes = allowed_changes
-        self._say = say if jax.process_index() == 0 else lambda line: None
+        self._say = say if hosts.index() == 0 else lambda line: None
+        self._counted = counted
         self._epochs: dict[str, int] = {}  # that each source has reached
 
     def iterate(self, start_step: int) -> Iterator[HostBatch]:
@@ -84,6 +87,13 @@ class TrainingInput:
         return counters
 
     @property
+    def identity(self) -> str | None:
+        """The samples, their order and how rows are made of them, as a digest; None for a stream, which has none."""
+        if isinstance(self._pipeline, StreamPipeline):
+            return None
+        return hashlib.sha256(json.dumps(self._pipeline.state(0), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
     def summary(self) -> Mapping[str, Mapping[str, int]]:
         """For each source: shards, samples, and how many samples the index left out, by cause."""
         return self._pipeline.summary
@@ -110,7 +120,8 @@ class TrainingInput:
     def state(self) -> Mapping[str, Any]:
         """The position in the data, and samples seen and bad ones of all hosts, by source."""
         counts = {name: counts.to_dict() for name, counts in sorted(self._pipeline.counts.items())}
-        return {"position": self._pipeline.state(), "counts": _summed(_of_all_hosts(counts))}
+        told = hosts.gather("counts", counts if self._counted else {})
+        return {"position": self._pipeline.state(), "counts": _summed(told)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, and go on counting. Raises `DataError` when the data is not what it was."""
@@ -120,24 +131,14 @@ class TrainingInput:
             self._say(line)
         self._epochs = {name: saved.epoch for name, saved in saved_of(state["position"]).items()}
         # The counts of the past are kept by the first host; their sum is what is saved.
-        saved = state["counts"] if jax.process_index() == 0 else {}
+        saved = state["counts"] if hosts.index() == 0 else {}
         self._pipeline.counts.clear()
         self._pipeline.counts.update({name: SampleCounts.from_dict(counts) for name, counts in saved.items()})
 
 
-def _of_all_hosts(value: Any) -> list[Any]:
-    """A small JSON value of every host, on every host."""
-    if jax.process_count() == 1:
-        return [value]
-    text = json.dumps(value).encode()
-    room = int(multihost_utils.process_allgather(np.array(len(text), np.int32)).max())
-    padded = np.frombuffer(text.ljust(room), np.uint8)
-    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
-
-
-def _summed(hosts: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+def _summed(told: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
     totals: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for host in hosts:
+    for host in told:
         for name, counts in host.items():
             totals[name].update(counts)
     return {name: dict(sorted(counts.items())) for name, counts in sorted(totals.items())}
@@ -194,13 +195,16 @@ def make_task(config: ExperimentConfig, tokenizer: Tokenizer | None) -> Task:
 
 
 def open_input(
-    config: ExperimentConfig, tokenizer: Tokenizer | None, allowed_changes: Collection[str] = ()
+    config: ExperimentConfig,
+    tokenizer: Tokenizer | None,
+    allowed_changes: Collection[str] = (),
+    shares: RowShares = ALL_ROWS,
 ) -> TrainingInput:
     """Open (and, the first time, index) every shard of the run. Raises `DataError` before anything compiles.
 
-    Only the decoder task does without a tokenizer. For `allowed_changes` see `TrainingInput`.
+    Only the decoder task does without a tokenizer. For `allowed_changes` see `TrainingInput`; `shares` are the rows of
+    each batch that are read here.
     """
-    hosts, host = jax.process_count(), jax.process_index()
     pipeline: Pipeline | ImagePipeline | StreamPipeline
     streams = any(is_stream(source.shards) for source in config.data.sources if source.weight > 0)
     if config.train.task == "decoder":
@@ -209,26 +213,38 @@ def open_input(
             image_size=config.decoder.image_size,
             batch_images=config.decoder.batch_images,
             random_scale_max=config.decoder.random_scale_max,
-            hosts=hosts,
-            host=host,
+            hosts=shares.count,
+            host=shares.mine,
             store_settings=store_settings(config),
         )
     else:
         assert tokenizer is not None, "pretraining needs a tokenizer"
-        opened = functools.partial(open_pipeline, store_settings=store_settings(config))
-        pipeline = (open_stream if streams else opened)(
-            config.data,
-            visual_tokens=config.model.num_visual_tokens,
-            image_size=config.model.vision.image_size,
-            tokenizer=tokenizer,
-            hosts=hosts,
-            host=host,
-        )
-    if isinstance(pipeline, StreamPipeline):
+        model = config.model
+        common = {"visual_tokens": model.num_visual_tokens, "image_size": model.vision.image_size}
+        if streams:
+            share = _only_share(shares)
+            pipeline = open_stream(config.data, **common, tokenizer=tokenizer, hosts=shares.count, host=share)
+        else:
+            pipeline = open_pipeline(
+                config.data,
+                **common,
+                tokenizer=tokenizer,
+                hosts=shares.count,
+                host=shares.mine,
+                store_settings=store_settings(config),
+            )
+    if isinstance(pipeline, StreamPipeline) and hosts.index() == 0:
         print(pipeline.warning)
-    elif any(position != pipeline.state(0) for position in _of_all_hosts(pipeline.state(0))):
-        raise DataError("data: hosts see different samples; do all read the same shards, with indexes of the same age?")
-    return TrainingInput(pipeline, allowed_changes)
+    return TrainingInput(pipeline, allowed_changes, counted=shares.counted)
+
+
+def _only_share(shares: RowShares) -> int:
+    if len(shares.mine) > 1 or not shares.counted or shares.count < hosts.count():
+        raise ConfigError(
+            "mesh: with a stream, each host must hold rows of its own, in one piece; choose mesh.tensor so that it "
+            "divides the devices of a host"
+        )
+    return shares.mine[0]
 
 
 def store_settings(config: ExperimentConfig) -> dict[str, str | int | float | bool]:

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import importlib.metadata
+import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+import platform
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import jax
 
-from emu2_jax import overrides, sharding
+from emu2_jax import hosts, overrides, sharding
 from emu2_jax.checkpoint import CONVERTED_STEP, FOLDER, load_parts, saved_parts, saved_step
 from emu2_jax.config import ExperimentConfig, validate
-from emu2_jax.errors import CheckpointError, ConfigError
+from emu2_jax.errors import CheckpointError, ConfigError, HostsError
+from emu2_jax.goodput import Goodput
 from emu2_jax.metrics import JSONL
 from emu2_jax.task import Params
+from emu2_jax.tokenizer import Tokenizer
 from emu2_jax.train import build_program, train
 from experiments import recipes
-from experiments.inputs import batch_rows, make_task, open_input, open_tokenizer
+from experiments.inputs import TrainingInput, batch_rows, make_task, open_input, open_tokenizer
 
 CONFIG = "config.gin"
 LOCK = "train.lock"
+LOCK_PATIENCE_S = 10.0
+SHARED_PATIENCE_S = 30.0  #: directories of a network may lag behind
 
 
 def resolve(
@@ -39,6 +50,10 @@ def override(config: ExperimentConfig, gin_files: Iterable[Path], gin_flags: Ite
     return validate(overrides.apply(config, overrides.read_sources(gin_files, gin_flags))[0])
 
 
+#: Settings on which nothing depends that a run computes.
+MAY_CHANGE = ("train.profile_steps",)
+
+
 def run_training(
     config: ExperimentConfig,
     provenance: overrides.Provenance,
@@ -46,53 +61,138 @@ def run_training(
     *,
     allowed_changes: Collection[str] = (),
 ) -> None:
-    """Train in `workdir`, or go on there. Everything that can be wrong is looked at before anything compiles."""
+    """Train in `workdir`, or go on there. Everything that can be wrong is looked at before anything compiles.
+
+    On several hosts, each calls it; they compare what they are about to do, and host 0 guards the directory.
+    """
+    goodput = Goodput()
+    _check_installations(config)
+    say: Callable[[str], None] = print if hosts.index() == 0 else lambda line: None
     saved = workdir / CONFIG
     if saved.exists():
-        overrides.compare_with_saved(config, saved, allowed_changes)
+        overrides.compare_with_saved(config, saved, {*allowed_changes, *MAY_CHANGE})
     elif (workdir / FOLDER).exists() or (workdir / JSONL).exists():
         raise CheckpointError(f"{workdir}: holds a run but no {CONFIG}; give another --workdir")
+    _check_devices()
     mesh = sharding.make_mesh(config.mesh)
     for path, rows in batch_rows(config).items():
         sharding.check_batch(rows, config.optimizer.accumulation_steps, mesh, path)
     tokenizer = open_tokenizer(config) if config.train.task == "pretrain" else None
-    data = open_input(config, tokenizer, allowed_changes)
+    data = _open_in_turn(config, tokenizer, allowed_changes, sharding.row_shares(mesh, jax.process_index()))
     if config.train.init_from is not None and not (workdir / FOLDER).exists():
-        _say_if_unfinished(Path(config.train.init_from))
+        _say_if_unfinished(Path(config.train.init_from), say)
     task = make_task(config, tokenizer)
     program = build_program(task, config)
     for source, counts in data.summary.items():
-        print(f"{source}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
+        say(f"{source}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
     text = overrides.dump(config, provenance)
     with _alone_in(workdir):
-        _write_atomically(saved, text)
-        train(config, task, program, data, workdir, operative_config=text, say=print, inspect=data.check_encoder)
+        if hosts.index() == 0:
+            _write_atomically(saved, text)
+        train(
+            *(config, task, program, data, workdir),
+            operative_config=text,
+            say=say,
+            inspect=data.check_encoder,
+            goodput=goodput,
+        )
 
 
-def _say_if_unfinished(stage: Path) -> None:
+def _check_installations(config: ExperimentConfig) -> None:
+    """All hosts run the same config with the same program; before a device is touched."""
+    settings = {path: repr(leaf.value) for path, leaf in overrides.leaves(config).items()}
+    packages = {name: importlib.metadata.version(name) for name in ("emu2_jax", "jax", "jaxlib", "orbax-checkpoint")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    if len(set(hosts.gather("settings", digest))) > 1:  # which ones, only now: a config is long, hosts are many
+        hosts.check_alike("each setting", settings)
+    hosts.check_alike("packages", {"Python": platform.python_version(), **packages})
+
+
+def _check_devices() -> None:
+    """All hosts bring along the same devices. This is the first touch of them."""
+    local = jax.local_devices()
+    hosts.check_alike("devices", {"number of devices": len(local), "kind of device": local[0].device_kind})
+
+
+def _open_in_turn(
+    config: ExperimentConfig, tokenizer: Tokenizer | None, allowed: Collection[str], shares: sharding.RowShares
+) -> TrainingInput:
+    """Host 0 first: it builds the indexes that are missing, and the others find them."""
+    if hosts.index() > 0:
+        hosts.wait("indexes")
+    data = open_input(config, tokenizer, allowed, shares)
+    if hosts.index() == 0:
+        hosts.wait("indexes")
+    hosts.check_alike("data", {"the data (shards, samples, their order)": data.identity})
+    return data
+
+
+def _say_if_unfinished(stage: Path, say: Callable[[str], None]) -> None:
     """Print a line when an earlier stage has steps left to train; `CheckpointError` when it has no checkpoint."""
     step = saved_step(stage)
     if step == CONVERTED_STEP or not (stage / CONFIG).exists():
         return
     wanted = load_config(stage).train.num_steps
     if step < wanted:
-        print(f"train.init_from: {stage} stopped at step {step} of {wanted}; it is taken as it is")
+        say(f"train.init_from: {stage} stopped at step {step} of {wanted}; it is taken as it is")
 
 
 @contextlib.contextmanager
 def _alone_in(workdir: Path) -> Iterator[None]:
-    """Make `workdir` and keep other trainers out of it; two writers would destroy each other's checkpoints."""
+    """Make `workdir` and keep other trainers out of it; two writers would destroy each other's checkpoints.
+
+    Of several hosts, the first does so for all; the others look whether they see the same directory.
+    """
+    if hosts.index() > 0:
+        _check_shared(workdir)
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / LOCK).open("w", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{workdir}: cannot be made a work directory: {error.strerror}") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends, however
-        except OSError as error:
-            raise CheckpointError(f"{workdir}: another process is training here; wait for it or stop it") from error
+        _lock(lock, workdir)
+        _check_shared(workdir)
         yield
+
+
+def _lock(lock: IO[str], workdir: Path) -> None:
+    """The system drops the lock when the process ends, however; one that was just killed may still be about to."""
+    deadline = time.monotonic() + (LOCK_PATIENCE_S if hosts.count() > 1 else 0)
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                text = f"{workdir}: another process is training here; wait for it or stop it"
+                raise CheckpointError(text) from error
+            time.sleep(0.2)
+        else:
+            return
+
+
+def _check_shared(workdir: Path) -> None:
+    """All hosts see the same directory: each of them writes its part of a checkpoint there."""
+    if hosts.count() == 1:
+        return
+    path, mark = workdir / LOCK, hosts.gather("mark", secrets.token_hex(8))[0]
+    if hosts.index() == 0:
+        path.write_text(mark, encoding="utf-8")
+    hosts.wait("marked")
+    seen, deadline = False, time.monotonic() + SHARED_PATIENCE_S
+    while not seen and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            seen = path.read_text(encoding="utf-8") == mark
+        if not seen:
+            time.sleep(0.2)
+    blind = [str(host) for host, sees in enumerate(hosts.gather("seen", seen)) if not sees]
+    if blind:
+        raise HostsError(
+            f"{workdir}: is another directory on host {', '.join(blind)} than on host 0; put it on storage that all "
+            "hosts share"
+        )
 
 
 def _write_atomically(path: Path, text: str) -> None:

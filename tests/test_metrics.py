@@ -37,6 +37,15 @@ def test_each_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
         assert read(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
+def test_the_last_line_can_be_amended_and_no_other(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, start_step=0, num_steps=3, title="tiny") as writer:
+        writer.write(1, {"loss": 2.0})
+        writer.amend(1, {"seconds/checkpoint": 1.0})
+        writer.amend(2, {"seconds/checkpoint": 3.0})
+        writer.write(2, {"loss": 1.0})
+    assert read(tmp_path) == [{"step": 1, "loss": 2.0, "seconds/checkpoint": 1.0}, {"step": 2, "loss": 1.0}]
+
+
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, start_step=0, steps=range(1, 6), loss=0.0)
     write(tmp_path, start_step=3, steps=range(4, 7), loss=100.0)

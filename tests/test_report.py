@@ -321,3 +321,22 @@ def test_run_summary_lists_bars_numbers_and_the_report(run_dir: Path) -> None:
     ]
     path = report.write_report(run_dir)
     assert report.run_summary(run_dir).splitlines()[-1] == f"report: {path}"
+
+
+def test_the_page_shows_where_the_time_went_and_slow_steps(run_dir: Path) -> None:
+    slow = {"step": 7, "host": 1, "step_s": 3.0, "usual_s": 1.0, "cause": "data_wait", "cause_s": 1.8}
+    unknown = {"step": 9, "host": None, "step_s": 2.5, "usual_s": 1.0, "cause": "step"}
+    seconds = {"seconds/step": 60.0, "seconds/data_wait": 20.0, "seconds/lost": 10.0}
+    lines = [
+        {"step": 1, "loss": 1.0, "seconds/step": 30.0, "slow_steps": [slow, unknown]},
+        {"step": 2, "loss": 1.0, **seconds, "seconds/checkpoint": 10.0},
+    ]
+    write(run_dir / "first" / "metrics.jsonl", "\n".join(map(json.dumps, lines)))
+    words = words_of(page_of(run_dir))
+    assert "training steps 60.0 % (1 min 0 s) · waiting for data 20.0 % (20 s) · checkpoints 10.0 % (10 s)" in words
+    assert "lost 10.0 % (10 s)" in words
+    assert "2 steps took more than twice as long as usual" in words
+    assert "7 1 3 s 1 s waiting for data, 1.8 s 9 all 2.5 s 1 s nothing that is known" in words
+    log = report.read_training_log(run_dir / "first" / "metrics.jsonl")
+    assert log is not None
+    assert log.series.keys() == {"loss"}  # times are no curves

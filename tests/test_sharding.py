@@ -180,3 +180,42 @@ def test_a_frozen_vae_stays_in_float32_and_has_no_moments() -> None:
     dtypes = {part: {leaf.dtype.name for leaf in jax.tree.leaves(tree)} for part, tree in state["params"].items()}
     assert dtypes == {"unet": {"float32"}, "vae": {"float32"}, "visual_encoder": {"bfloat16"}}
     assert "vae" not in str(tiny.leaf_paths(state["opt_state"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of some host, as far as a mesh looks at it."""
+
+    id: int
+    process_index: int
+    platform: str = "cpu"
+
+
+def shares_of(hosts: list[int], **mesh: int) -> list[tuple[int, tuple[int, ...], bool]]:
+    """Of each host, where device number i of the mesh belongs to host `hosts[i]`."""
+    chips = [cast(jax.Device, Chip(i, host)) for i, host in enumerate(hosts)]
+    made = sharding.make_mesh(MeshConfig(**mesh), chips)
+    found = [sharding.row_shares(made, host) for host in sorted(set(hosts))]
+    return [(shares.count, shares.mine, shares.counted) for shares in found]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "mesh", "expected"),
+    [
+        ([0, 0], {}, [(1, (0,), True)]),
+        ([0, 0, 1, 1], {}, [(2, (0,), True), (2, (1,), True)]),
+        ([0, 0, 1, 1], {"data": 2}, [(2, (0,), True), (2, (1,), True)]),
+        ([0, 0, 1, 1], {"tensor": 2}, [(2, (0,), True), (2, (1,), True)]),
+        # Both hosts hold all rows: one of them counts.
+        ([0, 0, 1, 1], {"tensor": 4}, [(1, (0,), True), (1, (0,), False)]),
+        # Neighbours in the mesh on different hosts.
+        ([0, 1, 0, 1], {}, [(4, (0, 2), True), (4, (1, 3), True)]),
+    ],
+)
+def test_a_host_holds_the_rows_of_its_devices(hosts: list[int], mesh: dict[str, int], expected: Any) -> None:
+    assert shares_of(hosts, **mesh) == expected
+
+
+def test_hosts_that_share_rows_in_part_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"hosts \[0, 1\] share rows of the batch in part only"):
+        shares_of([0, 0, 1, 1, 2, 2], tensor=3)

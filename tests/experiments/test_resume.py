@@ -28,6 +28,7 @@ TIMINGS = {
     "model_tflops_per_s",
     "tokens_per_s",
     "images_per_s",
+    "slow_steps",
 }
 
 
@@ -43,7 +44,8 @@ def start_training(workdir: Path, gin_file: Path, corpus: Path) -> subprocess.Po
 
 def losses(workdir: Path) -> list[dict[str, Any]]:
     lines = (workdir / JSONL).read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+    timed = ("seconds/", *TIMINGS)
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(timed)} for line in lines]
 
 
 def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> None:
