@@ -232,7 +232,7 @@ def rms_norm_less_the_mean(patch: Patch) -> None:
 
 
 def no_final_norm(patch: Patch) -> None:
-    def call(self: Any, x: Any, positions: Any, mask: Any, *, remat: Any = "none") -> jax.Array:
+    def call(self: Any, x: Any, positions: Any, mask: Any, **how: Any) -> jax.Array:
         return self.blocks.scan(lambda block, x, _: (block(x, positions, mask)[0], None), x)[0]
 
     patch.setattr(llama.LanguageModel, "__call__", call)
