@@ -21,8 +21,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from emu2_jax import compiler_options, sharding
 from emu2_jax import optimizer as optimizer_lib
-from emu2_jax import sharding
 from emu2_jax.checkpoint import Checkpointer, load_parts, saved_parts
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.errors import CheckpointError, UserError
@@ -157,6 +157,7 @@ def build_program(task: Task, config: ExperimentConfig, devices: list[jax.Device
         make_step(task, config, optimizer),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options.for_device(mesh.devices.flat[0]),
     )
     return Program(mesh, abstract, jax.jit(init, out_shardings=shardings), step)
 
