@@ -16,6 +16,9 @@ from emu2_jax.errors import ConfigError
 #: The parts a parameter can belong to: the top-level keys of the parameter tree.
 Part = Literal["visual_encoder", "project_up", "language_model", "project_down", "unet", "vae"]
 
+#: What a layer keeps for its backward pass, which computes the rest again (`emu2_jax.models.stack`).
+Remat = Literal["none", "dots", "dots_with_context", "context", "offload", "full"]
+
 #: What a sample of a source is made of, and what sequence it becomes (docs/data.md).
 SampleKind = Literal["image_text", "video_text", "interleaved", "grounded", "text"]
 
@@ -80,7 +83,9 @@ class ModelConfig:
     num_visual_tokens: int = 64  #: N, embeddings per image after pooling; a square number (paper: 64 = 8 x 8)
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: of products; norms, softmax, losses are float32
     frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"  #: storage of parts that do not train
-    remat: Literal["none", "dots", "full"] = "full"  #: recomputed in the backward pass: nothing, all but products, all
+    remat: Remat = "full"  #: what the backward pass computes again, see docs/performance.md
+    vision_remat: Remat | None = None  #: of the visual encoder alone; None = remat
+    attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"  #: kernel; auto = the device's own: splash on TPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +168,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0  #: **open** in pretraining; matrices only, never norms or biases
     clip_norm: float | None = 5.0  #: global gradient norm over all trained parts; None = no clipping
     accumulation_steps: int = 1  #: micro-batches per step; the result equals one big batch
+    gradient_dtype: Literal["float32", "bfloat16"] | None = None  #: of sums over devices; None = model.compute_dtype
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  #: of Adam's first moment
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -72,7 +73,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{len(devices)} devices there are; choose sizes whose product is {len(devices)}"
         )
     shape = (config.data, fsdp, config.tensor)
-    return Mesh(np.asarray(devices).reshape(shape), AXES)
+    if devices[0].platform != "tpu":
+        return Mesh(np.asarray(devices).reshape(shape), AXES)
+    # Neighbours along an axis are neighbours on the torus. In the order of their ids a gather is no ring, and is
+    # compiled as an all-reduce of arrays of zeros, at twice the bytes.
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+
+
+def rule(path: str) -> tuple[str, tuple[str | None, ...]]:
+    """The pattern that matches `path`, and the mesh axis of each dimension. Raises `ConfigError` when none does."""
+    found = next(((pattern, axes) for pattern, axes in RULES if re.fullmatch(pattern, path)), None)
+    if found is None:
+        raise ConfigError(f"{path}: no sharding rule matches; add one to emu2_jax/sharding.py")
+    return found
 
 
 def spec(path: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> P:
@@ -80,12 +93,8 @@ def spec(path: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> P:
 
     Raises `ConfigError` when no rule matches or a dimension is not divisible by its mesh axis.
     """
-    stacked = "/layers/" in path
-    rule = next(((pattern, axes) for pattern, axes in RULES if re.fullmatch(pattern, path)), None)
-    if rule is None:
-        raise ConfigError(f"{path}: no sharding rule matches; add one to emu2_jax/sharding.py")
-    pattern, axes = rule
-    axes = (None, *axes) if stacked else axes
+    pattern, axes = rule(path)
+    axes = (None, *axes) if "/layers/" in path else axes
     if len(axes) != len(shape):
         raise ConfigError(f"{path}: rule {pattern!r} is for {len(axes)} dimensions, the parameter has {tuple(shape)}")
     for size, axis in zip(shape, axes, strict=True):
@@ -96,7 +105,7 @@ def spec(path: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> P:
 
 def path_of(key_path: Sequence[Any]) -> str:
     """`visual_encoder/blocks/layers/mlp/up` for the key path of a nested dict."""
-    return "/".join(str(entry.key) for entry in key_path)
+    return "/".join(str(entry.key) for entry in key_path if hasattr(entry, "key"))
 
 
 def parameter_shardings(params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:

@@ -35,6 +35,9 @@ class Task(Protocol):
     #: Coefficient of each loss term in the total loss: total = sum over terms of coefficient * sum / weight.
     coefficients: Mapping[str, float]
 
+    #: Whether no row of a batch is read for another one, so that each device can work on its own with a key of its own.
+    rows_are_independent: bool
+
     def init(self, key: PRNGKeyArray) -> Params:
         """Initial parameters, float32, as nested dicts. Pure: usable under `jax.eval_shape` and `jax.jit`."""
         ...

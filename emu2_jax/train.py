@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from emu2_jax import compiler_options, sharding
+from emu2_jax import compiler_options, sharding, shards
 from emu2_jax import optimizer as optimizer_lib
 from emu2_jax.checkpoint import Checkpointer, load_parts, saved_parts
 from emu2_jax.config import ExperimentConfig
@@ -65,22 +65,35 @@ class Stopped(Exception):
 
 
 def make_step(
-    task: Task, config: ExperimentConfig, optimizer: optax.GradientTransformation
+    task: Task, config: ExperimentConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
-    """The optimiser step as a pure function: (state, batch) -> (new state, what to log as arrays)."""
+    """The optimiser step as a pure function: (state, batch) -> (new state, what to log as arrays).
+
+    With a mesh, a task of independent rows works on each device's own rows (`emu2_jax.shards`).
+    """
     micro_batches = config.optimizer.accumulation_steps
+
+    def gradients(
+        trained: Params, frozen: Params, batch: Batch, key: Array, weights: Mapping[str, Array]
+    ) -> tuple[Params, Losses]:
+        def loss(trained: Params, batch: Batch, key: Array) -> tuple[Array, Losses]:
+            out = task.losses(shards.whole({**trained, **frozen}), batch, shards.own_key(key))
+            total = sum(task.coefficients[name] * _mean(term.sum, weights[name]) for name, term in out.terms.items())
+            return jnp.asarray(total), out
+
+        return _accumulate(jax.grad(loss, has_aux=True), trained, batch, key, micro_batches)
+
+    if mesh is not None and task.rows_are_independent:
+        compute_dtype = config.model.compute_dtype
+        region = shards.Region(compute_dtype, config.optimizer.gradient_dtype or compute_dtype)
+        gradients = shards.by_rows(gradients, mesh, region)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
         trained, frozen = optimizer_lib.split_frozen(config.optimizer, state["params"])
         weights = task.term_weights(batch)
 
-        def loss(trained: Params, batch: Batch, key: Array) -> tuple[Array, Losses]:
-            out = task.losses({**trained, **frozen}, batch, key)
-            total = sum(task.coefficients[name] * _mean(term.sum, weights[name]) for name, term in out.terms.items())
-            return jnp.asarray(total), out
-
-        grads, out = _accumulate(jax.grad(loss, has_aux=True), trained, batch, key, micro_batches)
+        grads, out = gradients(trained, frozen, batch, key, weights)
         updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
         params = {**optax.apply_updates(trained, updates), **frozen}
         log = {"terms": dict(out.terms), "metrics": dict(out.metrics), "grad_norm": optax.tree.norm(grads)}
@@ -154,7 +167,7 @@ def build_program(task: Task, config: ExperimentConfig, devices: list[jax.Device
     }
     abstract = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
     step = jax.jit(
-        make_step(task, config, optimizer),
+        make_step(task, config, optimizer, mesh),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
         compiler_options=compiler_options.for_device(mesh.devices.flat[0]),

@@ -124,7 +124,7 @@ def tanh_gelu(patch: Patch) -> None:
 
 
 def norm_around_the_residual(patch: Patch) -> None:
-    def call(self: Any, x: jax.Array) -> jax.Array:
+    def call(self: Any, x: jax.Array, kernel: Any = "plain") -> jax.Array:
         x = self.attention_norm(x + self.attention(x))
         return self.mlp_norm(x + self.mlp(x))
 
@@ -134,15 +134,15 @@ def norm_around_the_residual(patch: Patch) -> None:
 def final_norm_on_the_encoder(patch: Patch) -> None:
     encode = eva_vit.VisualEncoder.__call__
 
-    def call(self: Any, images: jax.Array, *, remat: Any = "none") -> jax.Array:
-        x = encode(self, images, remat=remat)
+    def call(self: Any, images: jax.Array, **how: Any) -> jax.Array:
+        x = encode(self, images, **how)
         return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
 
     patch.setattr(eva_vit.VisualEncoder, "__call__", call)
 
 
 def encoder_attention(patch: Patch, *, bias_on: str = "qv") -> None:
-    def call(self: Any, x: jax.Array) -> jax.Array:
+    def call(self: Any, x: jax.Array, kernel: Any = "plain") -> jax.Array:
         projected = dict(zip("qkv", jnp.moveaxis(jnp.einsum("ipd,dchk->ipchk", x, self.qkv[...]), 2, 0), strict=True))
         for name, bias in zip(bias_on, (self.q_bias[...], self.v_bias[...]), strict=True):
             projected[name] += bias

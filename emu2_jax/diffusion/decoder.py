@@ -46,6 +46,8 @@ class DecoderTask:
         self.decoder = config.decoder
         self.coefficients: Mapping[str, float] = {"noise": 1.0}
 
+    rows_are_independent = False  # the draws of a batch come from one key
+
     def init(self, key: PRNGKeyArray) -> Params:
         """Random parameters of the visual encoder, the U-Net and, where latents are its, the VAE."""
         encoder_key, unet_key = jax.random.split(key)

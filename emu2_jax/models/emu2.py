@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from emu2_jax import losses as objective_lib
 from emu2_jax.config import ExperimentConfig, ModelConfig, ObjectiveConfig, VisionConfig
-from emu2_jax.models import eva_vit, layers, llama
+from emu2_jax.models import attention, eva_vit, layers, llama
 from emu2_jax.task import Batch, Losses, Params, Term
 
 
@@ -67,7 +67,8 @@ def encode_normalized(
 ) -> Float[Array, "I N E"]:
     """Pooled visual embeddings of normalised images, float32."""
     encoder: eva_vit.VisualEncoder = nnx.merge(_encoder_graphdef(config.vision), visual_encoder_params)
-    embeddings = encoder(images.astype(jnp.dtype(config.compute_dtype)), remat=config.remat)
+    remat = config.vision_remat or config.remat
+    embeddings = encoder(images.astype(jnp.dtype(config.compute_dtype)), remat=remat, kernel=config.attention)
     return eva_vit.pool(embeddings, config.num_visual_tokens).astype(jnp.float32)
 
 
@@ -89,6 +90,8 @@ def interleave(
 
 class PretrainTask:
     """Next-element prediction over packed rows (`task.Task`). Terms: `text`, `regression`, `image_end`."""
+
+    rows_are_independent = True
 
     def __init__(self, config: ExperimentConfig, *, image_start_id: int, image_end_id: int) -> None:
         self.model = config.model
@@ -168,8 +171,9 @@ class PretrainTask:
         visual_inputs = model.project_up(embeddings.astype(dtype))
         tokens = model.language_model.embed(batch["tokens"], dtype)
         x = interleave(tokens, visual_inputs, batch["is_visual"], batch["visual_index"])
-        mask = layers.packed_causal_mask(batch["segment_ids"])
-        return model.language_model(x, batch["positions"], mask, remat=self.model.remat)
+        mask = attention.Packed(batch["segment_ids"])
+        remat, kernel = self.model.remat, self.model.attention
+        return model.language_model(x, batch["positions"], mask, remat=remat, kernel=kernel)
 
     def _regression(
         self,

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, UInt8
 
 from emu2_jax.config import VisionConfig
-from emu2_jax.models import layers
+from emu2_jax.models import attention, layers
 from emu2_jax.models.stack import Remat, Stack
 
 #: Mean and standard deviation of RGB in [0, 1]. Source: CLIP's preprocessing, used unchanged by the release.
@@ -52,15 +53,17 @@ class Attention(nnx.Module):
         self.out = layers.kernel((heads, head_width, width), fan_in=width, rngs=rngs)
         self.out_bias = nnx.Param(jnp.zeros(width))
 
-    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
+    def __call__(self, x: Float[Array, "I P D"], kernel: attention.Kernel = "plain") -> Float[Array, "I P D"]:
         dtype = x.dtype
         q, k, v = jnp.moveaxis(jnp.einsum("ipd,dchk->ipchk", x, self.qkv[...].astype(dtype)), 2, 0)
         q += self.q_bias[...].astype(dtype)
         v += self.v_bias[...].astype(dtype)
         if self.has_k_bias:
             k += self.k_bias[...].astype(dtype)
-        mixed = layers.attend(q, k, v)
-        return jnp.einsum("iphk,hkd->ipd", mixed, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
+        q, k, v = (checkpoint_name(x, name) for x, name in ((q, "query"), (k, "key"), (v, "value")))
+        mixed = attention.attend(q, k, v, kernel=kernel)
+        out = jnp.einsum("iphk,hkd->ipd", mixed, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
+        return checkpoint_name(out, "attention")
 
 
 def gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
@@ -87,9 +90,9 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
         dtype = x.dtype
         inner = jnp.einsum("ipd,df->ipf", x, self.up[...].astype(dtype)) + self.up_bias[...].astype(dtype)
-        return jnp.einsum("ipf,fd->ipd", self.activation(inner), self.down[...].astype(dtype)) + self.down_bias[
-            ...
-        ].astype(dtype)
+        inner = self.activation(checkpoint_name(inner, "up"))
+        out = jnp.einsum("ipf,fd->ipd", inner, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
+        return checkpoint_name(out, "down")
 
 
 class Block(nnx.Module):
@@ -107,11 +110,11 @@ class Block(nnx.Module):
         scale = POST_NORM_INIT_SCALE if config.block_norm == "post" else 1.0
         return layers.LayerNorm(config.width, epsilon=config.layer_norm_epsilon, initial_scale=scale)
 
-    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
+    def __call__(self, x: Float[Array, "I P D"], kernel: attention.Kernel = "plain") -> Float[Array, "I P D"]:
         if self.is_pre_norm:
-            x = x + self.attention(self.attention_norm(x))
+            x = x + self.attention(self.attention_norm(x), kernel)
             return x + self.mlp(self.mlp_norm(x))
-        x = x + self.attention_norm(self.attention(x))
+        x = x + self.attention_norm(self.attention(x, kernel))
         return x + self.mlp_norm(self.mlp(x))
 
 
@@ -129,11 +132,15 @@ class VisualEncoder(nnx.Module):
         self.position_embedding = nnx.Param(POSITION_INIT_STD * jax.random.normal(rngs.params(), position_shape))
         if config.input_norm:
             self.input_norm = layers.LayerNorm(config.width, epsilon=config.layer_norm_epsilon)
-        self.blocks = Stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs)
+        self.blocks = Stack(
+            lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs, path="visual_encoder/blocks"
+        )
         if config.final_norm:
             self.final_norm = layers.LayerNorm(config.width, epsilon=config.layer_norm_epsilon)
 
-    def __call__(self, images: Float[Array, "I S S 3"], *, remat: Remat = "none") -> Float[Array, "I P D"]:
+    def __call__(
+        self, images: Float[Array, "I S S 3"], *, remat: Remat = "none", kernel: attention.Kernel = "plain"
+    ) -> Float[Array, "I P D"]:
         """Embeddings of normalised images, P = 1 + grid_size^2, CLS first, in the dtype of `images`."""
         dtype = images.dtype
         patches = patchify(images, self.config.patch_size)
@@ -144,7 +151,7 @@ class VisualEncoder(nnx.Module):
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding[...].astype(dtype)
         if self.config.input_norm:
             x = self.input_norm(x)
-        x, _ = self.blocks.scan(lambda block, x, _: (block(x), None), x, remat=remat)
+        x, _ = self.blocks.scan(lambda block, x, _: (block(x, kernel), None), x, remat=remat)
         return self.final_norm(x) if self.config.final_norm else x
 
 

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from emu2_jax.config import LanguageConfig
-from emu2_jax.models import layers
+from emu2_jax.models import attention, layers
 from emu2_jax.models.stack import Remat, Stack
 from emu2_jax.task import Params
 
@@ -53,9 +54,10 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
+        mask: attention.Mask,
         cache: KeyValueCache | None,
         cache_index: Int[Array, ""] | int,
+        kernel: attention.Kernel = "plain",
     ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
         dtype = x.dtype
         q = jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(dtype))
@@ -71,7 +73,8 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), cache_index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), cache_index, axis=1)
             cache = KeyValueCache(k, v)
-        mixed = layers.attend(q, k.astype(dtype), v.astype(dtype), mask)
+        q, k, v = (checkpoint_name(x, name) for x, name in ((q, "query"), (k, "key"), (v, "value")))
+        mixed = attention.attend(q, k.astype(dtype), v.astype(dtype), mask, kernel=kernel)
         return jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(dtype)), cache
 
 
@@ -88,6 +91,7 @@ class MLP(nnx.Module):
         dtype = x.dtype
         gate = jnp.einsum("btd,df->btf", x, self.gate[...].astype(dtype))
         up = jnp.einsum("btd,df->btf", x, self.up[...].astype(dtype))
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...].astype(dtype))
 
 
@@ -104,12 +108,13 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
+        mask: attention.Mask,
         cache: KeyValueCache | None = None,
         cache_index: Int[Array, ""] | int = 0,
+        kernel: attention.Kernel = "plain",
     ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
-        mixed, cache = self.attention(self.attention_norm(x), positions, mask, cache, cache_index)
-        x = x + mixed
+        mixed, cache = self.attention(self.attention_norm(x), positions, mask, cache, cache_index, kernel)
+        x = checkpoint_name(x + mixed, "attention")
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
@@ -118,7 +123,9 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs) -> None:
         self.token_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.width)))
-        self.blocks = Stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs)
+        self.blocks = Stack(
+            lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs=rngs, path="language_model/blocks"
+        )
         self.final_norm = layers.RMSNorm(config.width, epsilon=config.rms_norm_epsilon)
         self.tied_head = config.tied_head
         if not config.tied_head:
@@ -132,12 +139,18 @@ class LanguageModel(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T T"],
+        mask: attention.Mask,
         *,
         remat: Remat = "none",
+        kernel: attention.Kernel = "plain",
     ) -> Float[Array, "B T D"]:
         """Hidden states of whole sequences."""
-        x, _ = self.blocks.scan(lambda block, x, _: (block(x, positions, mask)[0], None), x, remat=remat)
+        mask = attention.prepare(mask, kernel, x.dtype)
+
+        def body(block: Block, x: Float[Array, "B T D"], _: None) -> tuple[Float[Array, "B T D"], None]:
+            return block(x, positions, mask, kernel=kernel)[0], None
+
+        x, _ = self.blocks.scan(body, x, remat=remat)
         return self.final_norm(x)
 
     def decode(

@@ -1,0 +1,137 @@
+"""Attention behind one interface: which kernel computes it, and masks that are said without being formed.
+
+`attend` gives the same values whichever kernel computes them: `plain` products around a softmax (any device), `splash`
+(TPU; elsewhere interpreted, for tests) or `cudnn` (GPU). `auto` is the one of the device that is compiled for.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jaxtyping import Array, Bool, Float, Int
+
+from emu2_jax.models import layers
+
+Kernel = Literal["auto", "plain", "splash", "cudnn"]
+
+#: `checkpoint_name` of what splash's backward pass reads of the forward pass: mixed values, softmax normalisers.
+CONTEXT = "context"
+
+#: Width of a TPU register: splash wants heads and lengths that are multiples of it.
+LANES = 128
+
+#: Positions of the squares that splash works in. Squares above the diagonal are left out, so that smaller ones waste
+#: less of a causal row (512 of 2048: 20 % of the products), and larger ones start fewer kernels.
+SPLASH_BLOCK = 512
+
+
+class Packed(NamedTuple):
+    """The mask of a packed row, as `layers.packed_causal_mask` forms it: earlier positions of the same document."""
+
+    segment_ids: Int[Array, "B T"]
+
+
+Mask = Bool[Array, "B T S"] | Packed | None
+
+
+def platform() -> str:
+    """What is compiled for: that of the mesh, if the program has one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def choose(kernel: Kernel, dtype: jnp.dtype) -> Kernel:
+    """The kernel that `auto` stands for; cuDNN's is for half precision only."""
+    if kernel != "auto":
+        return kernel
+    if platform() == "tpu":
+        return "splash"
+    return "cudnn" if platform() in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) else "plain"
+
+
+def prepare(mask: Mask, kernel: Kernel, dtype: jnp.dtype) -> Mask:
+    """The mask as the kernel reads it: formed once, before the loop over layers, for all kernels but splash."""
+    if isinstance(mask, Packed) and choose(kernel, dtype) != "splash":
+        return layers.packed_causal_mask(mask.segment_ids)
+    return mask
+
+
+def attend(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
+    mask: Mask = None,
+    *,
+    kernel: Kernel = "plain",
+) -> Float[Array, "B T H K"]:
+    """Scaled dot-product attention, softmax in float32; query head h reads key/value head h // (H / G).
+
+    A mask that is given in full is for `plain` and `cudnn`: it is what decoding with a cache needs.
+    """
+    kernel = choose(kernel, q.dtype)
+    if kernel == "splash" and (mask is None or isinstance(mask, Packed)):
+        return _splash(q, k, v, mask)
+    formed = prepare(mask, "plain", q.dtype)
+    assert not isinstance(formed, Packed)
+    if kernel == "cudnn":
+        per_head = None if formed is None else formed[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=per_head, implementation="cudnn")
+    return layers.attend(q, k, v) if formed is None else layers.attend(q, k, v, formed)
+
+
+def _splash(
+    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"], mask: Packed | None
+) -> Float[Array, "B T H K"]:
+    """Positions and head width are filled up to whole registers; what was filled in is a document of its own."""
+    rows, length, heads, width = q.shape
+    padding, more_width = -length % LANES, -width % LANES
+
+    def as_splash_reads(x: Float[Array, "B T N K"]) -> Float[Array, "B N S L"]:
+        filled = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, more_width)))
+        return filled.transpose(0, 2, 1, 3)
+
+    run = _splash_kernel(length + padding, heads, causal=mask is not None, interpret=platform() != "tpu")
+    q, k, v = (as_splash_reads(x) for x in (q * width**-0.5, k, v))
+    if mask is None and not padding:
+        document = None
+    else:
+        document = jnp.ones((rows, length), jnp.int32) if mask is None else mask.segment_ids
+        document = jnp.pad(document, ((0, 0), (0, padding)), constant_values=-1)
+
+    def of_row(q: Array, k: Array, v: Array, document: Array | None) -> Any:
+        return run(q, k, v, None if document is None else splash.SegmentIds(q=document, kv=document))
+
+    mixed: Array = jax.vmap(of_row)(q, k, v, document)
+    return mixed.transpose(0, 2, 1, 3)[:, :length, :, :width].astype(q.dtype)
+
+
+def _splash_kernel(length: int, heads: int, *, causal: bool, interpret: bool) -> splash.SplashAttentionKernel:
+    one = splash_mask.CausalMask((length, length)) if causal else splash_mask.FullMask((length, length))
+    return splash.make_splash_mha_single_device(
+        splash_mask.MultiHeadMask([one] * heads),
+        block_sizes=_block_sizes(length),
+        residual_checkpoint_name=CONTEXT,
+        interpret=interpret,
+    )
+
+
+@functools.cache
+def _block_sizes(length: int) -> splash.BlockSizes:
+    block = max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
+    # dq and dkv in kernels of their own: the fused one computes 5 products for 7, and then sums a copy of dq per column
+    # of squares, which costs more than it saves at rows of 2048.
+    return splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )

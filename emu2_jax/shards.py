@@ -1,0 +1,132 @@
+"""The part of a step in which every device works on its own rows, with its own shards of the parameters.
+
+Rows never meet inside a model, so nothing is left for the compiler to guess: parameters are gathered when a layer needs
+them, in the dtype of its products; the gradient of a gather is a reduce-scatter; what remains is summed once, at the
+end. Only the `tensor` axis stays with the compiler. Outside of `by_rows` every function here does nothing, so that
+models run as they are on one device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PRNGKeyArray
+
+from emu2_jax import sharding
+
+#: The axes that rows are spread over.
+ROWS = ("data", "fsdp")
+
+
+class Region(NamedTuple):
+    """How parameters and gradients travel while rows are worked on."""
+
+    compute_dtype: str  # of gathered parameters
+    gradient_dtype: str  # in which gradients are reduced
+
+
+_region: ContextVar[Region | None] = ContextVar("region", default=None)
+
+
+@contextlib.contextmanager
+def _entered(region: Region) -> Iterator[None]:
+    token = _region.set(region)
+    try:
+        yield
+    finally:
+        _region.reset(token)
+
+
+def whole(tree: Any, prefix: str = "") -> Any:
+    """The whole parameters of `tree`, whose paths start with `prefix`; those of stacks are left to `Stack.scan`."""
+    region = _region.get()
+    if region is None:
+        return tree
+
+    def gathered(key_path: tuple[Any, ...], x: Array) -> Array:
+        path = prefix + sharding.path_of(key_path)
+        if "/layers/" in path and not prefix:
+            return x
+        axes = sharding.rule(path)[1]
+        return _gather(x, axes.index("fsdp"), region) if "fsdp" in axes else x
+
+    return jax.tree_util.tree_map_with_path(gathered, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: Array, dimension: int, region: Region) -> Array:
+    """All shards of a parameter, one after the other along `dimension`."""
+    return jax.lax.all_gather(x.astype(region.compute_dtype), "fsdp", axis=dimension, tiled=True)
+
+
+def _gather_forward(x: Array, dimension: int, region: Region) -> tuple[Array, Array]:
+    return _gather(x, dimension, region), jnp.zeros((), x.dtype)
+
+
+def _gather_backward(dimension: int, region: Region, like: Array, gradient: Array) -> tuple[Array]:
+    gradient = gradient.astype(region.gradient_dtype)
+    shard = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dimension, tiled=True)
+    return (shard.astype(like.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def own_key(key: PRNGKeyArray) -> PRNGKeyArray:
+    """A key of this device's rows: without it, every device would draw the same for different rows."""
+    return key if _region.get() is None else jax.random.fold_in(key, jax.lax.axis_index(ROWS))
+
+
+Gradients = Callable[..., tuple[Any, Any]]
+
+
+def by_rows(gradients: Gradients, mesh: Mesh, region: Region) -> Gradients:
+    """`gradients(trained, frozen, batch, key, weights) -> (gradients, sums)`, run on each device's rows and summed.
+
+    `weights` are those of the whole batch. On a mesh with one device for all rows there is nothing to spread.
+    """
+    if all(mesh.shape[axis] == 1 for axis in ROWS):
+        return gradients
+
+    def spread(trained: Mapping[str, Any], frozen: Mapping[str, Any], batch: Any, key: Array, weights: Any) -> Any:
+        own = _row_specs(trained, mesh)
+
+        def local(trained: Any, frozen: Any, batch: Any, key: Array, weights: Any) -> Any:
+            with _entered(region):
+                grads, sums = gradients(trained, frozen, batch, key, weights)
+            return jax.tree.map(_sum_over_other_axes, grads, own), jax.lax.psum(sums, ROWS)
+
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(own, _row_specs(frozen, mesh), P(ROWS), P(), P()),
+            out_specs=(own, P()),
+            # An axis of size 1 is taken along: a program that is manual everywhere is the simpler one to compile.
+            axis_names={axis for axis in mesh.axis_names if axis in ROWS or mesh.shape[axis] == 1},
+            check_vma=False,  # the sums below are written out; kernels have no rule for it
+        )(trained, frozen, batch, key, weights)
+
+    return spread
+
+
+def _row_specs(params: Mapping[str, Any], mesh: Mesh) -> Any:
+    """Where the shards of each parameter lie, as far as the axes of `ROWS` go."""
+
+    def row_spec(key_path: tuple[Any, ...], leaf: Any) -> P:
+        spec = sharding.spec(sharding.path_of(key_path), leaf.shape, mesh.shape)
+        return P(*(axis if axis in ROWS else None for axis in spec))
+
+    return jax.tree_util.tree_map_with_path(row_spec, params)
+
+
+def _sum_over_other_axes(gradient: Array, spec: P) -> Array:
+    """What a gather's gradient has not summed yet: over the axes that the parameter is not sharded on."""
+    return jax.lax.psum(gradient, tuple(axis for axis in ROWS if axis not in spec))
