@@ -59,7 +59,7 @@ def test_outside_of_the_region_nothing_happens() -> None:
 
 
 def test_a_parameter_without_a_rule_is_an_error() -> None:
-    with shards._entered(REGION), pytest.raises(ConfigError, match="^adapter/kernel: no sharding rule"):
+    with shards._entered(REGION), pytest.raises(ConfigError, match=r"^adapter/kernel: no sharding rule"):
         shards.whole({"adapter": {"kernel": jnp.zeros((4, 4))}})
 
 
