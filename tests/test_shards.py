@@ -38,10 +38,10 @@ def test_gathers_are_in_half_precision_and_gradients_reduced_as_asked() -> None:
     (gather,) = [line for line in lines if "all_gather[" in line]
     (scatter,) = [line for line in lines if "reduce_scatter[" in line]
     assert gather.strip().split(":")[1].startswith("bf16[16,32]")
-    assert scatter.strip().split(":")[1].startswith("f32[16,8]")
+    assert scatter.strip().split(":")[1].startswith("f32[8,16]")
     half = program(REGION._replace(gradient_dtype="bfloat16")).splitlines()
     (scatter,) = [line for line in half if "reduce_scatter[" in line]
-    assert scatter.strip().split(":")[1].startswith("bf16[16,8]")
+    assert scatter.strip().split(":")[1].startswith("bf16[8,16]")
 
 
 def test_what_a_gather_does_not_sum_is_summed_at_the_end() -> None:
