@@ -1,7 +1,7 @@
 """What one run of a compiled step costs a device: cycles, products, collectives, kernels, host traffic.
 
-Cycles are the compiler's own estimates, added up through loops and calls. Collectives, Pallas kernels and copies between
-memories carry none: the sum is the computing, not the step (`emu2_jax.pods.estimate` makes one of it).
+Cycles are the compiler's own estimates, added up through loops and calls. Collectives, Pallas kernels and copies
+between memories carry none: the sum is the computing, not the step (`emu2_jax.pods.estimate` makes one of it).
 
 A fusion is counted by its own estimate; of what it holds, only products, kernels and collectives are looked at. A
 collective that is cut into steps over several fusions counts once.
@@ -190,9 +190,7 @@ class Counter:
             cost.add(body, 1 if trips is None else trips)
             cost.loops.append(Loop(instruction.name, trips, body.total_cycles))
         elif opcode == "conditional":
-            branches = self._called(
-                instruction, "branch_computations", "true_computation", "false_computation"
-            )
+            branches = self._called(instruction, "branch_computations", "true_computation", "false_computation")
             costs = [self._run(branch) for branch in branches]
             if costs:
                 cost.add(max(costs, key=lambda branch: (branch.total_cycles, branch.product_flops)))
@@ -271,9 +269,7 @@ class Counter:
                 elif collectives.kind_of(opcode):
                     kept = scatters or (opcode == "all-reduce" and slices)
                     partitions = self._module.num_partitions
-                    fused.transfers.append(
-                        collectives.transfer(instruction, computation, partitions, scatters=kept)
-                    )
+                    fused.transfers.append(collectives.transfer(instruction, computation, partitions, scatters=kept))
                 elif opcode == "custom-call":
                     fused.kernels.append((instruction, computation))
                 elif opcode in ("fusion", "async-start", "call"):

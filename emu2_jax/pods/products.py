@@ -29,7 +29,9 @@ def product_flops(instruction: Instruction, computation: Computation) -> int:
     left, right = operands[:2]
     left_labels, rest = labels.split("_", 1)
     right_labels, out_labels = rest.split("->")
-    window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([^\s}]+)", instruction.attribute("window") or "")}
+    window = {
+        key: value.split("x") for key, value in re.findall(r"(\w+)=([^\s}]+)", instruction.attribute("window") or "")
+    }
     flops = 2 * out[out_labels.index("b")] * out[out_labels.index("f")] * right[right_labels.index("i")]
     for dim in range(sum(label.isdigit() for label in right_labels)):
 

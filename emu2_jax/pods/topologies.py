@@ -153,7 +153,9 @@ class Topology:
         try:
             return list(topologies.get_topology_desc(**self.arguments()).devices)
         except Exception as error:  # libtpu's errors have no type of their own
-            raise UserError(f"--topology {self.name}: libtpu cannot describe it: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"--topology {self.name}: libtpu cannot describe it: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def names() -> list[str]:
@@ -215,7 +217,6 @@ def compile_only() -> None:
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # no lock file: several compile at once, beside one that trains
     )
     # Off a TPU machine libtpu complains of each of these at its start, and reads none of them to compile.
-    for name, value in {
-        "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3",
-    }.items():  # fmt: skip
+    unread = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    for name, value in (unread | {"TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3"}).items():
         os.environ.setdefault(name, value)
