@@ -12,9 +12,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from emu2_jax.pods import collectives
 from emu2_jax.pods.collectives import Mode, Transfer
@@ -88,6 +88,7 @@ class Cost:
     collectives: dict[CollectiveKey, Traffic] = field(default_factory=lambda: collections.defaultdict(Traffic))
     kernels: dict[str, KernelUse] = field(default_factory=lambda: collections.defaultdict(KernelUse))
     host_bytes: collections.Counter[str] = field(default_factory=collections.Counter)  #: to_host, to_device
+    slice_bytes: float = 0.0  #: sent to other slices
     largest: collections.Counter[str] = field(default_factory=collections.Counter)  #: cycles of equal instructions
     products: dict[str, ProductUse] = field(default_factory=lambda: collections.defaultdict(ProductUse))
     loops: list[Loop] = field(default_factory=list)
@@ -113,6 +114,7 @@ class Cost:
             for key, value in getattr(other, name).items():
                 own[key] += value * times
         self.product_flops += other.product_flops * times
+        self.slice_bytes += other.slice_bytes * times
         for collective, traffic in other.collectives.items():
             self.collectives[collective].add(traffic, times)
         for name, kernel in other.kernels.items():
@@ -138,8 +140,18 @@ class _Fused:
     kernels: list[tuple[Instruction, Computation]] = field(default_factory=list)
 
 
-#: The operations of one call of an attention kernel: (name, dims of q, dims of k, blocks of the mask) -> FLOPs.
-AttentionFlops = Callable[[str, tuple[int, ...], tuple[int, ...], tuple[int, int] | None], float | None]
+class AttentionCall(NamedTuple):
+    """One call of what may be an attention kernel."""
+
+    name: str
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    blocks: tuple[int, int] | None  #: of the mask, along queries and keys, where it is given by blocks
+    results: int  #: arrays of the queries' rank or more: values, or gradients
+
+
+#: The operations of a call; None where it is no attention.
+AttentionFlops = Callable[[AttentionCall], float | None]
 
 
 class Counter:
@@ -208,6 +220,9 @@ class Counter:
             self._add_kernel(instruction, computation, cost)
             if instruction.cycles:
                 cost.cycles["custom-call"] += instruction.cycles
+        elif opcode == "send" and "_xla_megascale" in instruction.attributes:
+            # Between slices, collectives become transfers between hosts. Sent are the data, a context and a token.
+            cost.slice_bytes += instruction.arrays[0].bytes
         elif opcode in _MEMORY_COPIES:
             _add_host_traffic(instruction, computation, cost)
         elif not opcode.endswith("-done"):
@@ -289,24 +304,31 @@ class Counter:
         name = re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", call.name)
         flops = stated.get("flops")
         if flops is None and self._attention_flops is not None:
-            flops = self._attention(name, computation.operands(call))
+            attention = _attention_call(name, call, computation)
+            flops = self._attention_flops(attention) if attention else None
         use = cost.kernels[name]
         use.calls += 1
         use.flops += float(flops or 0)
         use.known &= flops is not None
 
-    def _attention(self, name: str, operands: Iterable[Instruction]) -> float | None:
-        first = [operand.arrays[0] for operand in operands if operand.arrays]
-        heads = [array.dims for array in first if array.dtype in ("bf16", "f32") and len(array.dims) >= 3]
-        blocks = [array.dims for array in first if array.dtype == "s8" and len(array.dims) == 3]
-        if self._attention_flops is None or len(heads) < 2:
-            return None
-        return self._attention_flops(name, heads[0], heads[1], (blocks[0][1], blocks[0][2]) if blocks else None)
-
 
 def count(module: Module, attention_flops: AttentionFlops | None = None) -> Cost:
     """The cost of one run of `module` on one device."""
     return Counter(module, attention_flops).count()
+
+
+def _attention_call(name: str, call: Instruction, computation: Computation) -> AttentionCall | None:
+    operands = [operand.arrays[0] for operand in computation.operands(call) if operand.arrays]
+    large = [array.dims for array in operands if array.dtype in ("bf16", "f32") and len(array.dims) >= 3]
+    blocks = [array.dims for array in operands if array.dtype == "s8" and len(array.dims) == 3]
+    if len(large) < 2:
+        return None
+    queries, keys = large[:2]
+    dtype = next(array.dtype for array in operands if array.dims == queries)
+    # The softmax's sums are as long as the queries, and have the width of a register or none.
+    results = [a.dims for a in call.arrays if a.dtype == dtype and a.dims[-1] == queries[-1]]
+    results = [dims for dims in results if len(dims) >= len(queries)]
+    return AttentionCall(name, queries, keys, (blocks[0][1], blocks[0][2]) if blocks else None, len(results))
 
 
 def _add_transfer(cost: Cost, sent: Transfer, mode: Mode) -> None:
@@ -362,5 +384,6 @@ def as_dict(cost: Cost) -> dict[str, Any]:
             for (kind, mode, group), traffic in sorted(cost.collectives.items())
         ],
         "host_bytes": dict(cost.host_bytes),
+        "slice_bytes": cost.slice_bytes,
         "loops": [dataclasses.asdict(loop) for loop in cost.loops],
     }

@@ -18,7 +18,7 @@ _SWAPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
 class _Element(NamedTuple):
     """An element of the loop's tuple."""
 
-    index: int
+    place: int
 
 
 _Value = _Element | int | None
@@ -36,14 +36,13 @@ def trip_count(module: Module, loop: Instruction, caller: Computation) -> int | 
     comparison = _comparison(module, condition, condition.root, None)
     if comparison is None:
         return None
-    counter, bound, direction = comparison
+    counter, limit, direction = comparison
     first = caller.get(loop.operands[0])
-    start = _initial(module, caller, first, counter.index)
-    if isinstance(bound, _Element):
-        bound = _initial(module, caller, first, bound.index)
+    start = _initial(module, caller, first, counter.place)
+    bound = _initial(module, caller, first, limit.place) if isinstance(limit, _Element) else limit
     if bound is None:
         return None
-    stride = _stride(module, module.computations[bodies[0]], counter.index) or (-1 if direction in ("GT", "GE") else 1)
+    stride = _stride(module, module.computations[bodies[0]], counter.place) or (-1 if direction in ("GT", "GE") else 1)
     inclusive = direction in ("LE", "GE")
     span = bound - (start or 0) + (0 if not inclusive else 1 if stride > 0 else -1)
     return max(0, -(-span // stride))
