@@ -15,10 +15,11 @@ from emu2_jax.checkpoint import CONVERTED_STEP, FOLDER, load_parts, saved_parts,
 from emu2_jax.config import ExperimentConfig, validate
 from emu2_jax.errors import CheckpointError, ConfigError
 from emu2_jax.metrics import JSONL
+from emu2_jax.pods import saved_steps
 from emu2_jax.task import Params
 from emu2_jax.train import build_program, train
 from experiments import recipes
-from experiments.inputs import batch_rows, make_task, open_input, open_tokenizer
+from experiments.inputs import batch_rows, make_task, open_input, open_tokenizer, source_shapes
 
 CONFIG = "config.gin"
 LOCK = "train.lock"
@@ -45,8 +46,12 @@ def run_training(
     workdir: Path,
     *,
     allowed_changes: Collection[str] = (),
+    compiled: Path | None = None,
 ) -> None:
-    """Train in `workdir`, or go on there. Everything that can be wrong is looked at before anything compiles."""
+    """Train in `workdir`, or go on there. Everything that can be wrong is looked at before anything compiles.
+
+    `compiled` is a directory of `emu2 plan --save`, whose steps are used where they are this run's own.
+    """
     saved = workdir / CONFIG
     if saved.exists():
         overrides.compare_with_saved(config, saved, allowed_changes)
@@ -61,6 +66,9 @@ def run_training(
         _say_if_unfinished(Path(config.train.init_from))
     task = make_task(config, tokenizer)
     program = build_program(task, config)
+    if compiled is not None:
+        batches = list(source_shapes(config).values())
+        program = program._replace(step=saved_steps.load(program, batches, compiled, print))
     for source, counts in data.summary.items():
         print(f"{source}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
     text = overrides.dump(config, provenance)

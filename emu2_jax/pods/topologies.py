@@ -220,3 +220,10 @@ def compile_only() -> None:
     unread = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
     for name, value in (unread | {"TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3"}).items():
         os.environ.setdefault(name, value)
+
+
+def larger(topology: Topology) -> Topology | None:
+    """The next size of slice of the same chips; None for the largest."""
+    shapes = _SIZES[topology.generation.name]
+    place = shapes.index(topology.shape)
+    return Topology(topology.generation, shapes[place + 1], topology.slices) if place + 1 < len(shapes) else None
