@@ -286,7 +286,7 @@ def example_shapes(config: ExperimentConfig) -> dict[str, tuple[tuple[int, ...],
                 **fields,
             }
         return {"images": ((count, size, size, 3), np.dtype(np.uint8)), **fields}
-    shape = _row_shape(config, config.data.image_slots)
+    shape = _row_shape(config, config.data.image_slots, embedded=_all_embedded(config))
     return _packed_shapes(max(batch_rows(config).values()), shape)
 
 
@@ -299,14 +299,19 @@ def source_shapes(config: ExperimentConfig) -> dict[str, dict[str, tuple[tuple[i
     for source in sources:
         rows = config.data.global_batch_rows if source.batch_rows is None else source.batch_rows
         slots = config.data.image_slots if source.image_slots is None else source.image_slots
-        shapes[source.name] = _packed_shapes(rows, _row_shape(config, slots))
+        embedded = _all_embedded(config) if source.kind == "text" else source.embeddings is not None
+        shapes[source.name] = _packed_shapes(rows, _row_shape(config, slots, embedded=embedded))
     return shapes
 
 
-def _row_shape(config: ExperimentConfig, image_slots: int) -> RowShape:
+def _all_embedded(config: ExperimentConfig) -> bool:
+    """Whether every source of images that is read has stored embeddings."""
     seen = [source for source in config.data.sources if source.weight > 0 and source.kind != "text"]
-    stored = bool(seen) and all(source.embeddings is not None for source in seen)
-    width = config.model.vision.width if stored else None
+    return bool(seen) and all(source.embeddings is not None for source in seen)
+
+
+def _row_shape(config: ExperimentConfig, image_slots: int, *, embedded: bool) -> RowShape:
+    width = config.model.vision.width if embedded else None
     size, visual_tokens = config.model.vision.image_size, config.model.num_visual_tokens
     return RowShape(config.data.row_length, image_slots, visual_tokens, size, width)
 

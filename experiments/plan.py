@@ -229,14 +229,18 @@ def as_text(plan: Plan, num_buffers: int = 6) -> str:
         lines.append(f"  {direction}: {size / 1e9:.3f} GB")
     lines += _unknown(plan.cost)
     lines += ["", "largest arrays of the state"]
-    lines += [f"  {buffer.bytes / GIB:7.2f} GiB  {buffer.name}" for buffer in plan.state[:num_buffers]]
+    lines += [f"  {_size(buffer.bytes):>10}  {buffer.name}" for buffer in plan.state[:num_buffers]]
     lines += ["largest results (not all live at once)"]
-    lines += [f"  {buffer.bytes / GIB:7.2f} GiB  {buffer.name}" for buffer in plan.results[:num_buffers]]
+    lines += [f"  {_size(buffer.bytes):>10}  {buffer.name}" for buffer in plan.results[:num_buffers]]
     lines += [
         "",
         f"traced in {plan.lower_s:.0f} s, compiled in {plan.compile_s:.0f} s ({plan.compile_cpu_s:.0f} s of CPU)",
     ]
     return "\n".join([*lines, "assumed:", *(f"  {line}" for line in assumptions(plan.topology))])
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"
 
 
 def _unknown(cost: Cost) -> list[str]:
