@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from emu2_jax.errors import ConfigError, UserError
@@ -199,15 +200,27 @@ def _described() -> str:
     return ", ".join(span(kind) for kind in _SIZES)
 
 
+def find_compiler() -> bool:
+    """Whether libtpu can be imported: as a package, or from where `make libtpu` puts it, out of the way of jax."""
+    if importlib.util.find_spec("libtpu") is not None:
+        return True
+    beside = Path(sys.prefix) / "libtpu"
+    if not (beside / "libtpu").is_dir():
+        return False
+    sys.path.append(str(beside))
+    importlib.invalidate_caches()
+    return True
+
+
 def compile_only() -> None:
     """Make this process one that compiles for TPUs and touches none. Before jax is imported.
 
     Raises `UserError` when libtpu is not installed.
     """
-    if importlib.util.find_spec("libtpu") is None:
+    if not find_compiler():
         raise UserError(
-            "plan: the TPU compiler is not installed; `make setup EXTRA=tpu` or `pip install 'libtpu>=0.0.40'` "
-            "brings it (213 MB, no TPU needed)"
+            "plan: the TPU compiler, libtpu, is not installed; `make libtpu` or `pip install 'jax[tpu]'` brings it "
+            "(213 MB, no TPU needed)"
         )
     if "jax" in sys.modules:
         raise RuntimeError("jax is imported already, and has read the environment")

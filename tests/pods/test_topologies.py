@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from emu2_jax.errors import ConfigError, UserError
@@ -62,6 +60,6 @@ def test_other_names_in_use_are_known() -> None:
 
 
 def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="make setup EXTRA=tpu"):
+    monkeypatch.setattr(topologies, "find_compiler", lambda: False)
+    with pytest.raises(UserError, match="`make libtpu` or"):
         topologies.compile_only()
