@@ -78,7 +78,7 @@ def test_the_step_of_a_recipe_compiles_for_a_slice_that_is_not_there(tmp_path: P
     assert found["fits"]
     assert found["chips"] == 4
     assert found["mesh"]["fsdp"] == 4
-    assert 0 < found["peak_hbm_gib"] < found["hbm_gib"] == 95.74
+    assert 0 < found["peak_hbm_gib"] < found["hbm_gib"] < 96
     assert found["compiled_over_model_flops"] > 1
     assert {loop["trips"] for loop in found["cost"]["loops"]} >= {2}
     assert None not in {loop["trips"] for loop in found["cost"]["loops"]}
