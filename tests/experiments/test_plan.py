@@ -7,16 +7,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import pytest
 from command import fail
 
 from emu2_jax.errors import ConfigError
 from emu2_jax.pods import topologies
+from emu2_jax.pods.compiling import DoesNotFit
 from emu2_jax.pods.topologies import find, find_compiler
+from emu2_jax.train import build_program
 from experiments import plan as plan_lib
 from experiments import recipes
-from experiments.inputs import source_shapes
+from experiments.inputs import make_task, source_shapes
 
 needs_libtpu = pytest.mark.skipif(
     not find_compiler(), reason="libtpu, the TPU compiler, is not installed: `make libtpu` does it"
@@ -62,6 +67,29 @@ def test_the_search_tries_what_divides_every_batch() -> None:
     assert points[0].remat == "full"
     applied = points[0].apply(config)
     assert (applied.model.remat, applied.optimizer.accumulation_steps) == ("full", 4)
+
+
+def test_a_plan_that_does_not_fit_says_how_much_is_missing_and_what_would_help() -> None:
+    config = recipes.get("openmoji_tiny_stage2")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch_rows=32))
+    program = build_program(make_task(config, None), config, jax.devices()[:1])
+    refused = DoesNotFit(24 * 2**30, [], "RESOURCE_EXHAUSTED")
+    line = plan_lib.refusal(config, find("v5e-4"), program, source_shapes(config)["all"], refused)
+    head, _, advice = line.partition("; should fit with one of: ")
+    assert head.startswith("openmoji_tiny_stage2 on v5e-4 (2x2, 4 chips): does not fit: 24.0 GiB of HBM needed, 15.75")
+    assert [change.partition(" (")[0] for change in advice.split("; ")] == [
+        "--gin.optimizer.accumulation_steps=2",
+        "--gin.model.remat=full",
+        "--topology v5e-8",
+    ]
+
+
+def test_the_frontier_holds_what_nothing_beats_in_both() -> None:
+    def point(us: float, peak: int) -> Any:
+        return "settings", SimpleNamespace(us_per_unit=us, memory=SimpleNamespace(peak=peak))
+
+    quick, between, small = point(500, 80), point(550, 60), point(700, 20)
+    assert plan_lib.frontier([small, point(560, 70), quick, point(710, 20), between]) == [quick, between, small]
 
 
 @needs_libtpu
