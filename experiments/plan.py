@@ -165,6 +165,7 @@ def refusal(config: ExperimentConfig, topology: Topology, program: Program, shap
         state=sum(buffer.bytes for buffer in compiling.state_buffers(program)),
         gradients=sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(trained)),
         rows=next(iter(shapes.values()))[0][0],
+        common_rows=math.gcd(*batch_rows(config).values()),
     )
     devices = list(program.mesh.devices.flat)
 

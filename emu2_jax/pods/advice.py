@@ -7,7 +7,6 @@ rows that a device works on at once.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -31,6 +30,7 @@ class Needs:
     state: int  #: parameters and moments
     gradients: int  #: in the parameters' precision
     rows: int  #: of the global batch
+    common_rows: int  #: greatest common divisor of the rows of all batches of the run: what must stay divisible
 
 
 def changes(
@@ -52,6 +52,7 @@ def _single(
     mesh, steps = config.mesh, config.optimizer.accumulation_steps
     shards = mesh.data * (mesh.fsdp or topology.chips // (mesh.data * mesh.tensor))
     rows = needs.rows // (shards * steps)
+    common = needs.common_rows // (shards * steps)
 
     def with_state(other: ExperimentConfig, flags: str, work: float) -> Change:
         state = state_bytes(other)
@@ -59,7 +60,7 @@ def _single(
 
     # Gradients of micro-batches are summed in an array of their own.
     extra = 0 if steps > 1 else needs.gradients
-    for parts in (factor for factor in range(2, rows + 1) if rows % factor == 0):
+    for parts in (factor for factor in range(2, rows + 1) if common % factor == 0):
         smaller = needs.state + needs.gradients + extra + work / parts
         if smaller <= topology.generation.hbm_bytes:
             yield Change(f"--gin.optimizer.accumulation_steps={steps * parts}", int(smaller))
@@ -84,15 +85,14 @@ def _single(
     other = larger(topology)
     while other is not None:
         factor = other.chips / topology.chips
-        if needs.rows % (other.chips * steps) == 0 or rows >= factor:
+        if needs.common_rows % (shards * other.chips // topology.chips * steps) == 0:
             size = int((needs.state + needs.gradients) / factor + work / min(factor, max(1, rows)))
             if size <= other.generation.hbm_bytes:
                 yield Change(f"--topology {other.name}", size)
                 break
         other = larger(other)
-    for smaller_batch in (2, 4, 8):
-        if rows % smaller_batch == 0 or math.gcd(rows, smaller_batch) > 1:
-            yield Change(
-                f"--gin.data.global_batch_rows={needs.rows // smaller_batch}",
-                int(needs.state + needs.gradients + work / smaller_batch),
-            )
+    if config.data.mixing == "one_source_per_step" or config.train.task == "decoder":
+        return
+    for parts in (factor for factor in (2, 4, 8) if rows % factor == 0):
+        size = int(needs.state + needs.gradients + work / parts)
+        yield Change(f"--gin.data.global_batch_rows={needs.rows // parts}", size)
