@@ -3,6 +3,7 @@
 # make setup   the environment alone, in .venv
 # make test-parity   every part against PyTorch implementations of others, in environments of its own (docs/parity.md);
 #                    EMU2_LLAMA_TOKENIZER=FILE, LLaMA's tokenizer.model, adds the tokenizer's tests
+# make libtpu        the TPU compiler for `emu2 plan` (213 MB, needs no TPU); `make test` wants it, and does without
 # make goldens       the numbers of these implementations anew, in tests/golden
 #
 # Another Python (3.11 to 3.13) than `python3`:  make setup PYTHON=python3.12
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-parity goldens setup lint format lock clean
+.PHONY: demo test test-parity libtpu goldens setup lint format lock clean
 
 demo: $(READY)
 	$(BIN)/emu2 demo --run runs/demo
@@ -21,6 +22,7 @@ PROCESSES ?= 2
 TESTS ?=
 
 test: lint
+	@$(MAKE) --no-print-directory libtpu || echo "the TPU compiler cannot be installed here: its test is skipped"
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadscope $(TESTS)
 
 PARITY := .venv-parity
@@ -33,6 +35,17 @@ goldens: $(PARITY)/ready $(PARITY_TOKENIZER)/ready
 	$(PARITY)/bin/python tests/parity/measure.py --write
 	$(PARITY)/bin/python tests/parity/measure_diffusers.py --write
 	@if [ -n "$(EMU2_LLAMA_TOKENIZER)" ]; then $(PARITY)/bin/python tests/parity/tokenizer_reference.py; fi
+
+# Beside the packages, not among them: a jax that finds it complains at length at every start without a TPU.
+LIBTPU := .venv/libtpu
+
+libtpu: $(LIBTPU)/ready
+
+# The release that this jax asks for.
+$(LIBTPU)/ready: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(LIBTPU) "$$($(BIN)/python -c \
+	  "from importlib.metadata import requires as r; print(next(x.split(';')[0].strip() for x in r('jax') if x.startswith('libtpu')))")"
+	@touch $@
 
 setup: $(READY)
 

@@ -63,6 +63,15 @@ are as for `emu2 train`. Then, to train from it:  --gin.data.sources.NAME.embedd
 """
 
 
+PLAN_EPILOG = """\
+The number in v4-512 and v5p-128 counts TensorCores, two to a chip; in v5e-256 and v6e-256, chips. Examples:
+  emu2 plan emu2_37b_stage2 --topology v5p-128
+  emu2 plan emu2_37b_stage2 --topology v5p-128 --search --json found.json
+  emu2 plan emu2_37b_stage1a --topology v5e-256 --slices 2 --gin.mesh.data=2
+  emu2 plan emu2_37b_stage2 --topology v5p-128 --source all --save compiled     # for emu2 train --compiled compiled
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit."""
     parser = _parser()
@@ -110,6 +119,20 @@ def _parser() -> argparse.ArgumentParser:
         help="setting (or section) that may differ from the one the work directory was trained with",
     )
     add_flags(train)
+
+    train.add_argument("--compiled", type=Path, metavar="DIR", help="use steps that `emu2 plan --save DIR` compiled")
+
+    plan = add("plan", _plan, "compile a recipe's step for a TPU slice, on any machine, and say what it takes")
+    plan.epilog = PLAN_EPILOG
+    plan.add_argument("recipe", help="a name that `emu2 recipes` lists")
+    plan.add_argument("--topology", required=True, metavar="NAME", help="the slice: v4-512, v5p-128, v6e-256, ...")
+    plan.add_argument("--slices", type=int, default=1, metavar="N", help="equal slices, joined by the network (1)")
+    plan.add_argument("--source", metavar="NAME", help="whose batch, or `all` (the one with most to compute)")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
+    plan.add_argument("--search", action="store_true", help="try remat policies, micro-batches and meshes")
+    plan.add_argument("--save", type=Path, metavar="DIR", help="keep the compiled step, for `emu2 train --compiled`")
+    plan.add_argument("--hlo", type=Path, metavar="DIR", help="keep the compiled step's text")
+    plan.add_argument("--gin_file", type=Path, action="append", default=[], metavar="FILE", help="override file")
 
     encode = add("encode", _encode, "store what a frozen encoder makes of images, so that training need not")
     encode.epilog = ENCODE_EPILOG
@@ -334,10 +357,39 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> None:
     try:
         with connected(None if settings is None else Launch(**settings)):
             config, provenance = resolve(arguments.recipe, arguments.gin_file, rest)
-            run_training(config, provenance, arguments.workdir, allowed_changes=arguments.allow_config_change)
+            run_training(
+                config,
+                provenance,
+                arguments.workdir,
+                allowed_changes=arguments.allow_config_change,
+                compiled=arguments.compiled,
+            )
     except Stopped as stopped:
         print(f"emu2: {stopped}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
+
+
+def _plan(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from emu2_jax.pods import topologies
+
+    topology = topologies.find(arguments.topology, arguments.slices)
+    topologies.compile_only()  # before anything imports jax
+
+    from experiments import plan as plan_lib
+    from experiments.runs import resolve
+
+    config, _ = resolve(arguments.recipe, arguments.gin_file, rest)
+    if arguments.search:
+        plan_lib.run_search(config, topology, source=arguments.source, json_file=arguments.json)
+    else:
+        plan_lib.run(
+            config,
+            topology,
+            source=arguments.source,
+            json_file=arguments.json,
+            save=arguments.save,
+            hlo_dir=arguments.hlo,
+        )
 
 
 def _encode(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -302,10 +302,35 @@ def example_shapes(config: ExperimentConfig) -> dict[str, tuple[tuple[int, ...],
                 **fields,
             }
         return {"images": ((count, size, size, 3), np.dtype(np.uint8)), **fields}
-    size, visual_tokens = config.model.vision.image_size, config.model.num_visual_tokens
+    shape = _row_shape(config, config.data.image_slots, embedded=_all_embedded(config))
+    return _packed_shapes(max(batch_rows(config).values()), shape)
+
+
+def source_shapes(config: ExperimentConfig) -> dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]]:
+    """Shape and dtype of every global batch that the run will see, by source; one, `all`, when sources are mixed."""
+    sources = [source for source in config.data.sources if source.weight > 0]
+    if config.train.task == "decoder" or config.data.mixing == "mixed" or not sources:
+        return {"all": example_shapes(config)}
+    shapes = {}
+    for source in sources:
+        rows = config.data.global_batch_rows if source.batch_rows is None else source.batch_rows
+        slots = config.data.image_slots if source.image_slots is None else source.image_slots
+        embedded = _all_embedded(config) if source.kind == "text" else source.embeddings is not None
+        shapes[source.name] = _packed_shapes(rows, _row_shape(config, slots, embedded=embedded))
+    return shapes
+
+
+def _all_embedded(config: ExperimentConfig) -> bool:
+    """Whether every source of images that is read has stored embeddings."""
     seen = [source for source in config.data.sources if source.weight > 0 and source.kind != "text"]
-    stored = bool(seen) and all(source.embeddings is not None for source in seen)
-    width = config.model.vision.width if stored else None
-    shape = RowShape(config.data.row_length, config.data.image_slots, visual_tokens, size, width)
-    largest = batch_shapes(max(batch_rows(config).values()), shape)
-    return {name: (dims, np.dtype(dtype)) for name, (dims, dtype) in largest.items()}
+    return bool(seen) and all(source.embeddings is not None for source in seen)
+
+
+def _row_shape(config: ExperimentConfig, image_slots: int, *, embedded: bool) -> RowShape:
+    width = config.model.vision.width if embedded else None
+    size, visual_tokens = config.model.vision.image_size, config.model.num_visual_tokens
+    return RowShape(config.data.row_length, image_slots, visual_tokens, size, width)
+
+
+def _packed_shapes(rows: int, shape: RowShape) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: (dims, np.dtype(dtype)) for name, (dims, dtype) in batch_shapes(rows, shape).items()}

@@ -23,11 +23,12 @@ from emu2_jax.config import ExperimentConfig, validate
 from emu2_jax.errors import CheckpointError, ConfigError, HostsError
 from emu2_jax.goodput import Goodput
 from emu2_jax.metrics import JSONL
+from emu2_jax.pods import saved_steps
 from emu2_jax.task import Params
 from emu2_jax.tokenizer import Tokenizer
 from emu2_jax.train import build_program, train
 from experiments import recipes
-from experiments.inputs import TrainingInput, batch_rows, make_task, open_input, open_tokenizer
+from experiments.inputs import TrainingInput, batch_rows, make_task, open_input, open_tokenizer, source_shapes
 
 CONFIG = "config.gin"
 LOCK = "train.lock"
@@ -60,10 +61,12 @@ def run_training(
     workdir: Path,
     *,
     allowed_changes: Collection[str] = (),
+    compiled: Path | None = None,
 ) -> None:
     """Train in `workdir`, or go on there. Everything that can be wrong is looked at before anything compiles.
 
-    On several hosts, each calls it; they compare what they are about to do, and host 0 guards the directory.
+    On several hosts, each calls it; they compare what they are about to do, and host 0 guards the directory. `compiled`
+    is a directory of `emu2 plan --save`, whose steps are used where they are this run's own.
     """
     goodput = Goodput()
     _check_installations(config)
@@ -83,6 +86,9 @@ def run_training(
         _say_if_unfinished(Path(config.train.init_from), say)
     task = make_task(config, tokenizer)
     program = build_program(task, config)
+    if compiled is not None:
+        batches = list(source_shapes(config).values())
+        program = program._replace(step=saved_steps.load(program, batches, compiled, say))
     for source, counts in data.summary.items():
         say(f"{source}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
     text = overrides.dump(config, provenance)
