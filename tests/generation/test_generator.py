@@ -15,13 +15,14 @@ import tiny
 
 from emu2_jax.config import ModelConfig
 from emu2_jax.errors import UserError
-from emu2_jax.generate import LENGTH_BUCKET, Generator, Link
+from emu2_jax.generation.generator import Generator
+from emu2_jax.generation.prompt import Link
 from emu2_jax.models import emu2
 from emu2_jax.tokenizer import Tokenizer
 
 MAX_TOKENS = 6
 NUM_VISUAL_TOKENS = tiny.CONFIG.model.num_visual_tokens
-CAPACITY = LENGTH_BUCKET + MAX_TOKENS
+CAPACITY = 48
 
 
 class Spelled(Tokenizer):
@@ -163,5 +164,7 @@ def test_text_ends_before_the_end_token_and_other_rows_go_on(
 @pytest.mark.parametrize("shape", [(16, 16, 3), (4, 4, 3)])
 def test_a_picture_of_another_shape_is_an_error(shape: tuple[int, ...], generator: Generator) -> None:
     generate: Callable[[Any], Any] = generator.image_embeddings
-    with pytest.raises(UserError, match=r"^prompt image has shape \(.*\); the encoder reads \(8, 8, 3\)$"):
+    with pytest.raises(
+        UserError, match=r"^prompt link 2: image of shape \(.*\), uint8; the encoder reads \(8, 8, 3\), uint8$"
+    ):
         generate([["a cat", np.zeros(shape, np.uint8)]])
