@@ -233,6 +233,8 @@ class Generator:
         )
         run = functools.partial(self._run, self._params)
         state = self._drive(run, state, (limits, draw), progress, max_steps)
+        if max_steps is not None:
+            return [], None
         made, ids, embeddings = self._fetch((state.made, state.ids, state.embeddings))
         answers = [
             read_answer(

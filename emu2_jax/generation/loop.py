@@ -139,7 +139,9 @@ def run(
         state = state._replace(cache=cache, length=state.length + ~state.done)
         return steps + 1, _add(config, ids, params, hidden[:, 0], state, limits, draw)
 
-    return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state))[1]
+    state = state._replace(cache=state.cache.one_row())
+    _, state = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state))
+    return state._replace(cache=state.cache.rows())
 
 
 def _add(

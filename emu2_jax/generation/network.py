@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from emu2_jax import sharding
 from emu2_jax.config import LanguageConfig, ModelConfig
@@ -29,16 +29,26 @@ ROWS = ("data", "fsdp")
 class Cache(NamedTuple):
     """Keys (after rotation) and values, one array per layer. S slots.
 
-    Each is laid out as its product with one query reads it; otherwise all of it is transposed at every step.
+    Each is laid out as its product with one query reads it; otherwise all of it is transposed at every step. In a loop
+    over a single row the arrays have no axis for it (`one_row`): with one, XLA for CPUs reshapes what a step has written
+    before it reads it, and to do so updates a copy of the whole cache.
     """
 
-    keys: tuple[Float[Array, "B G S K"], ...]
-    values: tuple[Float[Array, "B G K S"], ...]
+    keys: tuple[Float[Array, "*B G S K"], ...]
+    values: tuple[Float[Array, "*B G K S"], ...]
 
     @property
     def capacity(self) -> int:
         """Slots of a row."""
-        return self.keys[0].shape[2]
+        return self.keys[0].shape[-2]
+
+    def one_row(self) -> Cache:
+        """Without the axis of its one row; as it is when there are several."""
+        return jax.tree.map(lambda x: x[0], self) if len(self.keys[0]) == 1 else self
+
+    def rows(self) -> Cache:
+        """With the axis that `one_row` took."""
+        return jax.tree.map(lambda x: x[None], self) if self.keys[0].ndim == 3 else self
 
 
 def empty_cache(config: LanguageConfig, rows: int, capacity: int, dtype: jnp.dtype) -> Cache:
@@ -155,31 +165,40 @@ def extend(
 
 
 def _write(
-    cache: Float[Array, "B G X Y"], new: Float[Array, "B G U V"], start: Int[Array, " B"], axis: int, where: Any
-) -> Float[Array, "B G X Y"]:
+    cache: Float[Array, "*B G X Y"], new: Float[Array, "B G U V"], start: Int[Array, " B"], axis: int, where: Any
+) -> Float[Array, "*B G X Y"]:
     """`new` in the slots from `start` on, a place of its own in each row; `axis`, without the rows', is the slots'."""
-
-    def one(cache: Array, new: Array, start: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis)
-
     new = new.astype(cache.dtype)
-    written = jax.vmap(one)(cache, new, start) if len(cache) > 1 else one(cache[0], new[0], start[0])[None]
+    one = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
+    if cache.ndim == 3:
+        written = one(cache, new[0], start[0])
+        where = where if where is None else NamedSharding(where.mesh, P(*where.spec[1:]))
+    else:
+        written = jax.vmap(lambda cache, new, start: one(cache, new, start))(cache, new, start)
     return written if where is None else jax.lax.with_sharding_constraint(written, where)
 
 
 def _attend(
     q: Float[Array, "B T H K"],
-    keys: Float[Array, "B G S K"],
-    values: Float[Array, "B G K S"],
-    seen: Array,  # Bool "B T S": which slots each position sees
+    keys: Float[Array, "*B G S K"],
+    values: Float[Array, "*B G K S"],
+    seen: Bool[Array, "B T S"],  # which slots each position sees
 ) -> Float[Array, "B T H K"]:
     """`layers.attend`, over a cache."""
-    rows, length, heads, width = q.shape
-    q = q.reshape(rows, length, keys.shape[1], -1, width)
-    scores = jnp.einsum("btgrk,bgsk->bgrts", q, keys, preferred_element_type=jnp.float32) * width**-0.5
-    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    if keys.ndim == 3:
+        return _attend_row(q[0], keys, values, seen[0])[None]
+    return jax.vmap(_attend_row)(q, keys, values, seen)
+
+
+def _attend_row(
+    q: Float[Array, "T H K"], keys: Float[Array, "G S K"], values: Float[Array, "G K S"], seen: Bool[Array, "T S"]
+) -> Float[Array, "T H K"]:
+    length, heads, width = q.shape
+    q = q.reshape(length, keys.shape[0], -1, width)
+    scores = jnp.einsum("tgrk,gsk->grts", q, keys, preferred_element_type=jnp.float32) * width**-0.5
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bgrts,bgks->btgrk", weights, values).reshape(rows, length, heads, width)
+    return jnp.einsum("grts,gks->tgrk", weights, values).reshape(length, heads, width)
 
 
 @functools.cache
