@@ -197,8 +197,11 @@ def _attend_row(
     q = q.reshape(length, keys.shape[0], -1, width)
     scores = jnp.einsum("tgrk,gsk->grts", q, keys, preferred_element_type=jnp.float32) * width**-0.5
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("grts,gks->tgrk", weights, values).reshape(length, heads, width)
+    # The softmax's division comes last: over K channels of a head in place of S slots.
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    mixed = jnp.einsum("grts,gks->grtk", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed = (mixed / weights.sum(-1, keepdims=True)).astype(q.dtype)
+    return jnp.moveaxis(mixed, 2, 0).reshape(length, heads, width)
 
 
 @functools.cache
