@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from emu2_jax.errors import ConfigError
+from emu2_jax.generation.loop import EMBEDDING
 from emu2_jax.generation.prompt import Embedded, Truncation
 from emu2_jax.generation.sampling import GREEDY, Beams, Decoding
 from emu2_jax.tokenizer import Tokenizer
@@ -72,16 +73,15 @@ def read_answer(
     tokenizer: Tokenizer,
     visual_tokens: int,
     *,
-    starts_within_image: bool,
     left_out: int,
     score: float | None = None,
     ended: bool | None = None,
 ) -> Answer:
-    """An answer from its elements; the first may be an embedding of an image that the prompt opened."""
+    """An answer from its elements (ids of tokens, EMBEDDING for an embedding)."""
     if ended is None:
         ended = len(made) > 0 and bool(made[-1] == tokenizer.eos_id)
-    ids = made[:-1] if len(made) and made[-1] == tokenizer.eos_id else made
-    num_images = int((ids == tokenizer.image_id).sum()) // visual_tokens
+    made = made[:-1] if len(made) and made[-1] == tokenizer.eos_id else made
+    num_images = int((made == EMBEDDING).sum()) // visual_tokens
     images = embeddings[: num_images * visual_tokens].reshape(num_images, visual_tokens, embeddings.shape[-1])
     links: list[str | Embedded] = []
     stretch: list[int] = []
@@ -93,20 +93,16 @@ def read_answer(
         stretch.clear()
 
     at, image = 0, 0
-    while at < len(ids):
-        opened = ids[at] == tokenizer.image_start_id
-        first = at + opened
-        is_image = first < len(ids) and ids[first] == tokenizer.image_id and (opened or starts_within_image)
-        if is_image:
+    while at < len(made):
+        if made[at] == EMBEDDING:
             flush()
             links.append(Embedded(images[image]))
             image += 1
-            at = first + visual_tokens
-            at += at < len(ids) and ids[at] == tokenizer.image_end_id
-        else:
-            stretch.append(int(ids[at]))
+            at += visual_tokens
+        else:  # of [IMG] and [/IMG] nothing is shown, as of all special tokens
+            stretch.append(int(made[at]))
             at += 1
     flush()
-    text_ids = [int(i) for i in ids if i not in (tokenizer.image_id, tokenizer.frame_id)]
-    text = tokenizer.decode(text_ids, skip_special_tokens=True)
+    text = tokenizer.decode([int(i) for i in made if i != EMBEDDING], skip_special_tokens=True)
+    ids = np.where(made == EMBEDDING, tokenizer.image_id, made).astype(np.int32)
     return Answer(text, tuple(links), ids, images, ended, score, left_out)

@@ -65,7 +65,9 @@ class Chain:
         stem = min((elements[0].common(one) for one in elements), default=0)
         if len(elements) > 1 and stem > 1:
             front = elements[0].front(stem)
-            self._keep(self._generator.read(front, self._longest(front)))
+            known = self._longest(front)
+            if known is None or front.common(known.elements) < stem:
+                self._keep(self._generator.read(front, known))
         prefix = self._longest(min(elements, key=elements[0].common))
         return self._generator.answer_all(
             elements, wanted, prefix=prefix, left_out=left_out, same_draws=True, progress=progress

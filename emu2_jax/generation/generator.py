@@ -103,9 +103,7 @@ class Generator:
         #: Prompts that are answered at once.
         self.max_batch = self._rows(max_batch)
         self._embeddings: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
-        self._ids = Ids(
-            tokenizer.eos_id, tokenizer.pad_id, tokenizer.image_start_id, tokenizer.image_end_id, tokenizer.image_id
-        )
+        self._ids = Ids(tokenizer.eos_id, tokenizer.pad_id, tokenizer.image_start_id, tokenizer.image_end_id)
         self._compile()
 
     def generate(self, prompt: Prompt, wanted: Wanted = TEXT, *, progress: Progress | None = None) -> Answer:
@@ -242,7 +240,6 @@ class Generator:
                 embeddings[row],
                 self.tokenizer,
                 self.config.num_visual_tokens,
-                starts_within_image=wanted.forced_images > 0,
                 left_out=0 if left_out is None else left_out[row],
             )
             for row in range(count)
@@ -273,7 +270,6 @@ class Generator:
                 none,
                 self.tokenizer,
                 self.config.num_visual_tokens,
-                starts_within_image=False,
                 left_out=0 if left_out is None else left_out[row],
                 score=float(scores[row, 0]),
                 ended=bool(lengths[row, 0] < limits.max_tokens),
@@ -408,7 +404,7 @@ class Generator:
 
     def _compile(self) -> None:
         """The jitted functions. Each is compiled once per bucket of its shapes."""
-        config, where = self.config, network.cache_sharding(self.config.language, self.mesh)
+        config, where = self.config, network.cache_sharding(self.mesh)
         language, dtype = config.language, self._dtype
         rows_only = None if self.mesh is None else NamedSharding(self.mesh, P(network.ROWS))
 

@@ -19,6 +19,9 @@ from emu2_jax.generation import network, sampling
 from emu2_jax.generation.network import Cache
 from emu2_jax.task import Params
 
+#: Stands for an embedding among the ids of an answer. Not `<image>`, which a model could choose as a token.
+EMBEDDING = -1
+
 
 class Chunk(NamedTuple):
     """The next stretch of each row's prompt, padded on the right (fields as in `emu2_jax.sequence`)."""
@@ -44,7 +47,6 @@ class Ids(NamedTuple):
     pad: int
     image_start: int
     image_end: int
-    image: int  # the placeholder of a visual embedding
 
 
 class State(NamedTuple):
@@ -53,7 +55,7 @@ class State(NamedTuple):
     cache: Cache
     length: Int[Array, " B"]  # elements in the cache
     newest: Float[Array, "B D"]  # the element that is not in the cache yet, as the language model reads it
-    ids: Int[Array, "B R"]  # elements made; the placeholder for an embedding
+    ids: Int[Array, "B R"]  # elements made; EMBEDDING for an embedding
     embeddings: Float[Array, "B X E"]  # embeddings made, float32
     made: Int[Array, " B"]  # elements made
     text: Int[Array, " B"]  # of them chosen as tokens
@@ -165,7 +167,7 @@ def _add(
         lambda: jnp.full(len(hidden), ids.pad, jnp.int32),
     )
     token = jnp.where(
-        visual, ids.image, jnp.where(state.end_due, ids.image_end, jnp.where(starts_forced, ids.image_start, chosen))
+        visual, EMBEDDING, jnp.where(state.end_due, ids.image_end, jnp.where(starts_forced, ids.image_start, chosen))
     )
     opens = starts_forced | (free & (chosen == ids.image_start) & (state.images < limits.max_images))
     embedding = network.project_down(params, hidden)

@@ -30,8 +30,8 @@ class Cache(NamedTuple):
     """Keys (after rotation) and values, one array per layer. S slots.
 
     Each is laid out as its product with one query reads it; otherwise all of it is transposed at every step. In a loop
-    over a single row the arrays have no axis for it (`one_row`): with one, XLA for CPUs reshapes what a step has written
-    before it reads it, and to do so updates a copy of the whole cache.
+    over a single row the arrays have no axis for it (`one_row`): with one, XLA for CPUs reshapes what a step has
+    written before it reads it, and to do so updates a copy of the whole cache.
     """
 
     keys: tuple[Float[Array, "*B G S K"], ...]
@@ -71,11 +71,9 @@ def grow_cache(cache: Cache, rows: int, capacity: int) -> Cache:
     return Cache(tuple(grown(keys, 2) for keys in cache.keys), tuple(grown(values, 3) for values in cache.values))
 
 
-def cache_sharding(config: LanguageConfig, mesh: Mesh | None) -> NamedSharding | None:
-    """Rows over `data` and `fsdp`; key/value heads over `tensor` where they divide, as the weights of k and v lie."""
-    if mesh is None:
-        return None
-    return NamedSharding(mesh, P(ROWS, "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None))
+def cache_sharding(mesh: Mesh | None) -> NamedSharding | None:
+    """Rows over `data` and `fsdp`, key/value heads over `tensor`, as the weights of k and v lie."""
+    return None if mesh is None else NamedSharding(mesh, P(ROWS, "tensor"))
 
 
 def prepare(config: ModelConfig, params: Params, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32, UInt8
@@ -158,7 +158,7 @@ class Layout:
     visual_tokens: int  #: N of a still image
     frame_tokens: int  #: N of a video's frame
 
-    def elements(self, prompt: Prompt, tail: str = "") -> Elements:
+    def elements(self, prompt: Sequence[Any], tail: str = "") -> Elements:
         """The elements of a prompt, `<s>` first, then `tail`, more text. Raises `UserError`."""
         parts: list[str | Picture | Video] = []
         sources: list[tuple[np.ndarray, int]] = []
@@ -184,7 +184,7 @@ class Layout:
         )
         return Elements(tokens, visuals)
 
-    def _still(self, link: Pixels | Embedded | Box, number: int) -> np.ndarray:
+    def _still(self, link: Any, number: int) -> np.ndarray:
         if isinstance(link, Box):
             return link.picture(self.image_size)
         if not isinstance(link, Embedded):
@@ -194,7 +194,7 @@ class Layout:
             raise UserError(f"prompt link {number}: embeddings of shape {shape}; wanted ({self.visual_tokens}, width)")
         return np.asarray(link.embeddings, np.float32)
 
-    def _pixels(self, image: np.ndarray, number: int) -> np.ndarray:
+    def _pixels(self, image: Any, number: int) -> np.ndarray:
         size = self.image_size
         shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
         if shape is None:

@@ -15,16 +15,19 @@ from emu2_jax.generation.generator import Generator
 from emu2_jax.generation.prompt import Elements, Visual
 from emu2_jax.generation.sampling import Beams, Decoding, Greedy
 from emu2_jax.models import emu2
+from emu2_jax.tokenizer import Tokenizer
 
 MAX_TOKENS = 9
 NUM_VISUAL = tiny.CONFIG.model.num_visual_tokens
 
 
-class Ids:
-    """What a generator asks a tokenizer for: the ids of `tests/tiny.py`."""
+class Ids(Tokenizer):
+    """The ids of `tests/tiny.py`, and no texts."""
 
-    bos_id, eos_id, pad_id = tiny.BOS, tiny.EOS, tiny.PAD
-    image_start_id, image_end_id, image_id, frame_id = tiny.IMAGE_START, tiny.IMAGE_END, tiny.IMAGE, 38
+    def __init__(self) -> None:
+        self.bos_id, self.eos_id, self.pad_id = tiny.BOS, tiny.EOS, tiny.PAD
+        self.image_start_id, self.image_end_id = tiny.IMAGE_START, tiny.IMAGE_END
+        self.image_id, self.frame_id = tiny.IMAGE, 38
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
         return " ".join(str(int(i)) for i in ids)
@@ -96,7 +99,7 @@ SEARCHES = (
 def ours(rules: str) -> list[list[list[int]]]:
     """The ids of each prompt's answer, for each search."""
     config, params = model()
-    generator = Generator(config, jax.tree.map(np.asarray, params), Ids(), context=64)  # type: ignore[arg-type]
+    generator = Generator(config, jax.tree.map(np.asarray, params), Ids(), context=64)
     found = []
     for search in SEARCHES:
         answers, _ = generator.answer(prompts(), search.wanted(rules))
