@@ -139,6 +139,8 @@ def generate(
 
 
 def _with_progress(opened: Opened, prompts: Sequence[Sequence[Link]], wanted: Wanted) -> list[Answer]:
+    for prompt in prompts:
+        opened.generator.fit(prompt, wanted)  # what it refuses is said before a bar is drawn
     most = wanted.positions(opened.config.model.num_visual_tokens)
     with tqdm(total=most, desc="generate", unit="element", leave=False) as bar:
         return opened.generator.generate_batch(prompts, wanted, progress=lambda made: bar.update(made - bar.n))

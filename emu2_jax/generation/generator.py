@@ -5,8 +5,8 @@
     generator.generate(["a red apple"], IMAGE).embeddings                      # [1, N, E], for the decoder to draw
     generator.generate(["A story. ", image], Wanted(max_tokens=200, max_images=4)).links
 
-Shapes come from few buckets: batch sizes are powers of two, lengths powers of two and one and a half times those. What
-is compiled once for each of them serves every prompt that falls into it; `warm_up` compiles ahead of use.
+Shapes come from few buckets: batch sizes are powers of two, lengths have four sizes in each doubling. What is compiled
+once for each of them serves every prompt that falls into it; `warm_up` compiles ahead of use.
 """
 
 from __future__ import annotations
@@ -47,11 +47,9 @@ Progress = Callable[[int], None]  # called with the elements that the longest an
 
 
 def bucket(length: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length`."""
-    size = 16
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
+    """The smallest of 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, ... that holds `length`: four in each doubling."""
+    step = max(4, 1 << max(0, (length - 1).bit_length() - 3))
+    return max(16, -(-length // step) * step)
 
 
 def padded(length: int) -> int:

@@ -400,5 +400,7 @@ def test_a_prompt_that_is_too_long_says_by_how_much_and_can_be_cut_by_links(
 
 
 def test_buckets() -> None:
-    assert [bucket(n) for n in (1, 16, 17, 24, 25, 33, 49, 96, 97, 2049)] == [16, 16, 24, 24, 32, 48, 64, 96, 128, 3072]
-    assert [padded(n) for n in (16, 512, 513, 1100)] == [16, 512, 528, 1120]
+    sizes = sorted({bucket(n) for n in range(1, 300)})
+    assert sizes == [16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]
+    assert all(n <= bucket(n) <= max(16, 1.25 * n) for n in range(1, 5000))
+    assert [padded(n) for n in (16, 512, 513, 1100)] == [16, 512, 528, 1024 + 80]
