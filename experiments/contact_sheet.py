@@ -60,7 +60,7 @@ def _cell(variant: Variant, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) 
     given = [] if variant.given is None else [_shown(variant.given)]
     width = max([CELL, *(image.width for image in pictures + given)])
     characters = width // (FONT * 3 // 5)
-    label = [] if given else textwrap.wrap(variant.label, characters)
+    label = [] if given else textwrap.wrap(variant.label.strip(), characters)
     text = textwrap.wrap(variant.text, characters)
     line = FONT + 4
     height = sum(image.height + 4 for image in given + pictures) + line * (len(label) + len(text)) + 4

@@ -215,6 +215,7 @@ def vary(
     with tqdm(total=1, desc=f"{len(by)} variants", leave=False) as bar:
         answers = chain.variants(number, by, wanted)
         bar.update()
+    computed = opened.generator.positions_computed
     variants = []
     for label, link, answer in zip(by_shown, by, answers, strict=True):
         images: list[np.ndarray] = []
@@ -224,7 +225,7 @@ def vary(
         variants.append(Variant(label, given, answer.text, images))
     whole = sum(len(opened.generator.fit(chain.replace(number, link).links, wanted)[0]) for link in by)
     write_sheet(out, shown, number, variants)
-    print(f"{out}: {len(by)} variants; {opened.generator.positions_computed} positions computed for {whole} in all")
+    print(f"{out}: {len(by)} variants; {computed} positions computed of {whole} in all")
 
 
 def reconstruct(run: Path, images: Sequence[Path], out: Path) -> None:
