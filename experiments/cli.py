@@ -10,8 +10,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emu2_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from emu2_jax.generation.answer import Wanted
 
 Command = Callable[[argparse.Namespace, list[str]], None]
 
@@ -33,6 +37,22 @@ DATA_INDEX_EPILOG = """\
 An index that is there and fits its shard is left alone; a build that was stopped goes on where it was. Examples:
   emu2 data index openmoji_tiny_stage2
   emu2 data index 'data/pairs-*.tar' --kind image_text --tokenizer data/tokenizer.model
+"""
+
+GENERATE_EPILOG = """\
+A link is the path of a picture or a video, box:LEFT,TOP,RIGHT,BOTTOM (shares of the sides; drawn as an image),
+place:... (the same as location tokens), or a text. docs/generate.md has the form of prompt files. Several devices:
+--gin.mesh.tensor=8 and the like. Examples:
+  emu2 generate runs/demo --prompt photo.png
+  emu2 generate runs/demo --prompt "a large dog on a blue background" --image dog.png
+  emu2 generate runs/demo --prompt "A story." --images 4 --max_tokens 200 --out story
+  emu2 generate runs/demo --prompt {path} "how many?" --values questions.csv --beams 5 --length_penalty -1
+"""
+
+CHAIN_EPILOG = """\
+What comes before the link that varies is computed once, the variants in one batch. Example:
+  emu2 chain runs/demo --prompt "one large dog" " on a blue background" --replace 2 \\
+      --by " on a red background" " on a green background" --draw --out dogs.png
 """
 
 #: As `SourceConfig.kind` has them; named here, so that --help needs no import.
@@ -76,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and not hasattr(arguments, "gin_file"):
+    if rest and not hasattr(arguments, "gin_file") and not _are_settings(rest, arguments):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     command: Command = arguments.command
     try:
@@ -87,6 +107,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("emu2: interrupted; the same command starts again, training from its last checkpoint", file=sys.stderr)
         sys.exit(128 + 2)
+
+
+def _are_settings(rest: list[str], arguments: argparse.Namespace) -> bool:
+    """Whether what is left over is for a command that takes --gin.PATH=VALUE without a --gin_file."""
+    return arguments.command in (_generate, _chain) and all(flag.startswith("--gin.") for flag in rest)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,15 +182,36 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", _evaluate, "measure a trained model on held-out pairs and draw pictures")
     evaluate.add_argument("run", type=Path, help="run directory: holds stage2/ and decoder/, gets evaluation/")
 
-    generate = add("generate", _generate, "continue a prompt of texts and images")
+    generate = add("generate", _generate, "continue prompts of texts, images, videos and boxes")
+    generate.epilog = GENERATE_EPILOG
     generate.add_argument(
-        "run", type=Path, help="run directory (holds stage2/ and, for --image, decoder/) or a work directory"
+        "run", type=Path, help="run directory (holds stage2/ and, to draw, decoder/) or a work directory"
     )
+    given = generate.add_mutually_exclusive_group(required=True)
+    given.add_argument(
+        "--prompt", nargs="+", metavar="LINK", help="texts, image and video files, boxes, in their order"
+    )
+    given.add_argument("--prompts", type=Path, metavar="FILE", help="prompts of a .json or .jsonl file")
     generate.add_argument(
-        "--prompt", nargs="+", required=True, metavar="LINK", help="texts and image files, in their order"
+        "--values", type=Path, metavar="FILE", help="prompts are templates: one for each row of a .csv or .jsonl file"
     )
     generate.add_argument("--image", type=Path, metavar="FILE.png", help="draw an image after the prompt, into FILE")
-    generate.add_argument("--max_tokens", type=int, default=48, help="longest text, tokens (48)")
+    generate.add_argument("--images", type=int, default=0, metavar="N", help="images that the model may draw (0)")
+    generate.add_argument(
+        "--force_images", type=int, default=0, metavar="N", help="images that the answer begins with in any case (0)"
+    )
+    generate.add_argument("--out", type=Path, metavar="DIR", help="directory for the images and answers.jsonl")
+    _add_decoding(generate)
+
+    chain = add("chain", _chain, "replace one link of a prompt by each of several, and show the answers side by side")
+    chain.epilog = CHAIN_EPILOG
+    chain.add_argument("run", type=Path, help="as for `emu2 generate`")
+    chain.add_argument("--prompt", nargs="+", required=True, metavar="LINK", help="as for `emu2 generate`")
+    chain.add_argument("--replace", type=int, required=True, metavar="N", help="number of the link that varies, from 1")
+    chain.add_argument("--by", nargs="+", required=True, metavar="LINK", help="what is put in its place, one at a time")
+    chain.add_argument("--draw", action="store_true", help="answer with an image, not with text")
+    chain.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture or .html page to write")
+    _add_decoding(chain)
 
     reconstruct = add("reconstruct", _reconstruct, "encode images and draw them again from their embeddings")
     reconstruct.add_argument("run", type=Path, help="run directory: holds decoder/")
@@ -208,6 +254,24 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write report.html of a run")
     report.add_argument("run", type=Path)
     return parser
+
+
+def _add_decoding(command: argparse.ArgumentParser) -> None:
+    """How an answer is chosen, and how the model is computed."""
+    command.add_argument("--max_tokens", type=int, help="longest text, tokens (48; with --image 0)")
+    command.add_argument("--min_tokens", type=int, default=0, help="shortest text, tokens (0)")
+    command.add_argument("--beams", type=int, metavar="N", help="beam search (release: 5)")
+    command.add_argument("--length_penalty", type=float, help="with --beams: above 0 long, below 0 short answers (1)")
+    command.add_argument("--temperature", type=float, help="draw tokens at random; 1 = as likely as the model says")
+    command.add_argument("--top_k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    command.add_argument("--top_p", type=float, metavar="P", help="draw among the likeliest that together reach P")
+    command.add_argument("--seed", type=int, default=0, help="of random tokens and of the decoder's noise (0)")
+    command.add_argument(
+        "--truncate", choices=["first", "last"], help="leave out whole links of a prompt that is too long"
+    )
+    command.add_argument("--video_frames", type=int, default=8, metavar="N", help="frames of a video (8)")
+    command.add_argument("--decoder", type=Path, metavar="WORKDIR", help="visual decoder (RUN/decoder)")
+    command.add_argument("--dtype", choices=["float32", "bfloat16"], help="of products and cache (the run's)")
 
 
 def _adder(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
@@ -442,9 +506,83 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _generate(arguments: argparse.Namespace, rest: list[str]) -> None:
-    from experiments.use import generate
+    from emu2_jax.errors import ConfigError
+    from experiments.prompts import prompts_of_arguments, prompts_of_file
+    from experiments.use import generate, link_reader
 
-    generate(arguments.run, arguments.prompt, image_file=arguments.image, max_tokens=arguments.max_tokens)
+    if arguments.image is not None and (arguments.images or arguments.force_images or arguments.out):
+        raise ConfigError("--image: draws one image into FILE; for others take --images or --force_images with --out")
+    wanted = _wanted(arguments, forced=1 if arguments.image else arguments.force_images, most=arguments.images)
+    reader = link_reader(arguments.run, arguments.video_frames)
+    if arguments.prompts is not None:
+        prompts = prompts_of_file(arguments.prompts, reader, arguments.values)
+    else:
+        prompts = prompts_of_arguments(arguments.prompt, reader, arguments.values)
+    generate(
+        arguments.run,
+        prompts,
+        wanted,
+        image_file=arguments.image,
+        out=arguments.out,
+        decoder=arguments.decoder,
+        settings=rest,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+    )
+
+
+def _chain(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.use import link_reader, vary
+
+    wanted = _wanted(arguments, forced=int(arguments.draw), most=0)
+    reader = link_reader(arguments.run, arguments.video_frames)
+    vary(
+        arguments.run,
+        [reader.argument(link) for link in arguments.prompt],
+        arguments.prompt,
+        arguments.replace,
+        [reader.argument(link) for link in arguments.by],
+        arguments.by,
+        wanted,
+        out=arguments.out,
+        decoder=arguments.decoder,
+        settings=rest,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+    )
+
+
+def _wanted(arguments: argparse.Namespace, *, forced: int, most: int) -> "Wanted":
+    from emu2_jax.errors import ConfigError
+    from emu2_jax.generation.answer import Wanted
+    from emu2_jax.generation.sampling import Beams, Decoding, Greedy, Sampling
+
+    draws = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+    draws = {name: value for name, value in draws.items() if value is not None}
+    decoding: Decoding = Greedy()
+    if arguments.beams is not None:
+        if draws:
+            raise ConfigError(f"--beams: is no random drawing; leave out --{next(iter(draws))}")
+        decoding = Beams(
+            num_beams=arguments.beams,
+            length_penalty=1.0 if arguments.length_penalty is None else arguments.length_penalty,
+        )
+    elif arguments.length_penalty is not None:
+        raise ConfigError("--length_penalty: is for --beams")
+    elif draws:
+        decoding = Sampling(seed=arguments.seed, **draws)
+    one_image = forced and not most and arguments.max_tokens is None
+    max_tokens = arguments.max_tokens if arguments.max_tokens is not None else 0 if one_image else 48
+    if max_tokens < (0 if forced else 1):
+        raise ConfigError(f"--max_tokens: got {max_tokens}, wanted at least {0 if forced else 1}")
+    return Wanted(
+        max_tokens=max_tokens,
+        min_tokens=arguments.min_tokens,
+        forced_images=forced,
+        max_images=max(most, forced),
+        decoding=decoding,
+        truncate=arguments.truncate,
+    )
 
 
 def _reconstruct(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -18,7 +18,7 @@ from emu2_jax.config import ExperimentConfig
 from emu2_jax.errors import ConfigError
 from emu2_jax.evaluation import heldout
 from emu2_jax.evaluation.heldout import Drawing, Pair, Reading
-from emu2_jax.generate import Generator
+from emu2_jax.generation.generator import Generator
 from experiments.inputs import open_tokenizer
 from experiments.runs import load_config, load_params
 

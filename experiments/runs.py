@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import jax
 
@@ -216,14 +216,27 @@ def load_config(workdir: Path) -> ExperimentConfig:
     return overrides.apply(recipes.get(name), overrides.parse_file(path))[0]
 
 
-def load_params(workdir: Path, config: ExperimentConfig) -> Params:
-    """The newest parameters of `workdir`, float32, on the first device."""
+#: The parts that generation computes in one dtype.
+LANGUAGE_PARTS = ("project_up", "language_model", "project_down")
+
+
+def load_params(
+    workdir: Path, config: ExperimentConfig, *, mesh: jax.sharding.Mesh | None = None, language_dtype: str = "float32"
+) -> Params:
+    """The newest parameters of `workdir`, on the first device or laid out on a mesh.
+
+    float32, but for the language model and the connector, which have `language_dtype`.
+    """
     shapes = jax.eval_shape(make_task(config, None).init, jax.random.key(0))
+    shapes = {part: tree for part, tree in shapes.items() if part in saved_parts(workdir)}
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    saved = saved_parts(workdir)
-    wanted = {
-        part: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), tree)
-        for part, tree in shapes.items()
-        if part in saved
-    }
-    return load_parts(workdir, wanted, fit=lambda path, saved, shape: None)
+    where = jax.tree.map(lambda _: here, shapes) if mesh is None else sharding.parameter_shardings(shapes, mesh)
+
+    def wanted(part: str) -> Any:
+        def leaf(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+            dtype = language_dtype if part in LANGUAGE_PARTS else shape.dtype
+            return jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
+
+        return jax.tree.map(leaf, shapes[part], where[part])
+
+    return load_parts(workdir, {part: wanted(part) for part in shapes}, fit=lambda path, saved, shape: None)

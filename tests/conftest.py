@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 
 #: The modules that annotate arrays. Their calls are checked against shapes and dtypes, also while jax traces them; that
 #: costs nothing once a function is compiled. mypy sees to the others, which beartype cannot check (protocols).
-ARRAY_MODULES = ("diffusion.decoder", "diffusion.schedule", "diffusion.unet", "generate", "losses", "models")
+ARRAY_MODULES = ("diffusion.decoder", "diffusion.schedule", "diffusion.unet", "generation", "losses", "models")
 
 # The numeric tower: an int is a float, as it is for mypy.
 BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"

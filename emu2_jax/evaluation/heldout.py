@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt8
 
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.diffusion import decoder as decoder_lib
-from emu2_jax.generate import Generator
+from emu2_jax.generation.generator import Generator
 from emu2_jax.models.emu2 import PretrainTask, encode_images
 from emu2_jax.sequence import RowShape, empty_batch
 from emu2_jax.task import Params
@@ -64,12 +64,9 @@ def read(config: ExperimentConfig, params: Params, tokenizer: Tokenizer, pairs: 
     shuffled = score(others, captions, image_first=True)
     drawn = score(images, captions, image_first=False)
     targets = _embeddings(config, params, images)
-    generator = Generator(config.model, params, tokenizer)
-    max_tokens = config.evaluation.max_text_tokens
-    generated = _in_batches(lambda batch: generator.text([[image] for image in batch], max_tokens=max_tokens), images)
-    predicted = np.stack(
-        _in_batches(lambda batch: list(generator.image_embeddings([[text] for text in batch])), captions)
-    )
+    generator = Generator(config.model, params, tokenizer, max_batch=BATCH_ROWS)
+    generated = generator.text([[image] for image in images], max_tokens=config.evaluation.max_text_tokens)
+    predicted = generator.image_embeddings([[caption] for caption in captions])
     return Reading(
         nll=own["nll"],
         nll_shuffled=shuffled["nll"],

@@ -7,8 +7,6 @@ another width, biases on q, k and v (Qwen2), a head tied to the token embedding.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,19 +17,6 @@ from emu2_jax.config import LanguageConfig
 from emu2_jax.models import attention, layers
 from emu2_jax.models.stack import Remat, Stack
 from emu2_jax.task import Params
-
-
-class KeyValueCache(NamedTuple):
-    """Keys (after rotation) and values of every layer, for decoding. S is the longest sequence that fits."""
-
-    keys: Float[Array, "layers B S G K"]
-    values: Float[Array, "layers B S G K"]
-
-    @classmethod
-    def empty(cls, config: LanguageConfig, rows: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
-        """A cache of zeros."""
-        shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_width)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 class Attention(nnx.Module):
@@ -50,15 +35,10 @@ class Attention(nnx.Module):
             self.k_bias = nnx.Param(jnp.zeros((config.num_kv_heads, head_width)))
             self.v_bias = nnx.Param(jnp.zeros((config.num_kv_heads, head_width)))
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        mask: attention.Mask,
-        cache: KeyValueCache | None,
-        cache_index: Int[Array, ""] | int,
-        kernel: attention.Kernel = "plain",
-    ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+        """Queries, keys and values, the first two rotated."""
         dtype = x.dtype
         q = jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(dtype))
         k = jnp.einsum("btd,dgk->btgk", x, self.k[...].astype(dtype))
@@ -68,14 +48,22 @@ class Attention(nnx.Module):
             k += self.k_bias[...].astype(dtype)
             v += self.v_bias[...].astype(dtype)
         q = layers.rotate(q, positions, base=self.rope_base)
-        k = layers.rotate(k, positions, base=self.rope_base)
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), cache_index, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), cache_index, axis=1)
-            cache = KeyValueCache(k, v)
+        return q, layers.rotate(k, positions, base=self.rope_base), v
+
+    def combine(self, mixed: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
+        """What the heads found, back in the residual width."""
+        return jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(mixed.dtype))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: attention.Mask,
+        kernel: attention.Kernel = "plain",
+    ) -> Float[Array, "B T D"]:
+        q, k, v = self.project(x, positions)
         q, k, v = (checkpoint_name(x, name) for x, name in ((q, "query"), (k, "key"), (v, "value")))
-        mixed = attention.attend(q, k.astype(dtype), v.astype(dtype), mask, kernel=kernel)
-        return jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(dtype)), cache
+        return self.combine(attention.attend(q, k, v, mask, kernel=kernel))
 
 
 class MLP(nnx.Module):
@@ -109,13 +97,10 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         mask: attention.Mask,
-        cache: KeyValueCache | None = None,
-        cache_index: Int[Array, ""] | int = 0,
         kernel: attention.Kernel = "plain",
-    ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
-        mixed, cache = self.attention(self.attention_norm(x), positions, mask, cache, cache_index, kernel)
-        x = checkpoint_name(x + mixed, "attention")
-        return x + self.mlp(self.mlp_norm(x)), cache
+    ) -> Float[Array, "B T D"]:
+        x = checkpoint_name(x + self.attention(self.attention_norm(x), positions, mask, kernel), "attention")
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class LanguageModel(nnx.Module):
@@ -148,28 +133,10 @@ class LanguageModel(nnx.Module):
         mask = attention.prepare(mask, kernel, x.dtype)
 
         def body(block: Block, x: Float[Array, "B T D"], _: None) -> tuple[Float[Array, "B T D"], None]:
-            return block(x, positions, mask, kernel=kernel)[0], None
+            return block(x, positions, mask, kernel=kernel), None
 
         x, _ = self.blocks.scan(body, x, remat=remat)
         return self.final_norm(x)
-
-    def decode(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        cache: KeyValueCache,
-        cache_index: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
-        """Hidden states of T new positions, written to the cache from `cache_index` on."""
-
-        def body(
-            block: Block, x: Float[Array, "B T D"], cache: KeyValueCache
-        ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
-            return block(x, positions, mask, cache, cache_index)
-
-        x, cache = self.blocks.scan(body, x, cache)
-        return self.final_norm(x), cache
 
     def logits(self, hidden: Float[Array, "*axes D"]) -> Float[Array, "*axes V"]:
         """Scores over the vocabulary, float32."""

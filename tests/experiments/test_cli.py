@@ -12,6 +12,7 @@ from pathlib import Path
 
 import command
 import pytest
+from PIL import Image
 
 from emu2_jax.checkpoint import FOLDER
 from emu2_jax.config import SourceConfig
@@ -348,3 +349,56 @@ def test_shards_that_change_under_the_same_setting(
             path.unlink()
     assert line.startswith("emu2: data.sources.pairs.shards: is not the data that this run was trained on: ")
     assert "--allow_config_change=data.sources.pairs.shards" in line
+
+
+def test_what_generation_refuses(
+    trained: Path, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model without a decoder that is to draw, a picture that is none, a template's missing field, a long prompt."""
+    run = ["generate", str(trained)]
+    line = command.fail([*run, "--prompt", "a cat", "--image", str(tmp_path / "cat.png")], capsys)
+    assert "has no trained visual decoder" in line and "--decoder" in line and not (tmp_path / "cat.png").exists()
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"no picture")
+    line = command.fail([*run, "--prompt", str(picture)], capsys)
+    assert line.startswith(f"emu2: {picture}: is not an image that can be decoded")
+    assert "cannot be read" in command.fail([*run, "--prompt", str(tmp_path / "none.png")], capsys)
+    values = tmp_path / "values.csv"
+    values.write_text("thing,count\ncat,2\ndog\n", encoding="utf-8")
+    line = command.fail([*run, "--prompt", "{count} {thing}", "--values", str(values)], capsys)
+    assert "names the field {count}, which row 2 of" in line and line.endswith("has not; it has thing")
+    line = command.fail([*run, "--prompt", "a cat " * 200], capsys)
+    assert " more than the 80 that there are for it; positions of its links: 1: " in line and "truncate" in line
+    line = command.fail([*run, "--prompt", "a", "--images", "2"], capsys)
+    assert "--images: needs --out DIR" in line
+    line = command.fail([*run, "--prompt", "box:0.5,0,0.1,1"], capsys)
+    assert "left before right" in line
+    line = command.fail([*run, "--prompt", "a", "--beams", "2", "--top_k", "3"], capsys)
+    assert "--beams" in line
+    chain = ["chain", str(trained), "--prompt", "a", "b", "--by", "c", "--out", str(tmp_path / "sheet.png")]
+    assert "links 1 to 2" in command.fail([*chain, "--replace", "3"], capsys)
+
+
+def test_prompt_files_and_templates(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "red.png")
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [
+        {"name": "seen", "prompt": [{"image": "{file}"}, "a {thing}"]},
+        {"name": "boxed", "prompt": [{"box": [0, 0, 0.5, 0.5]}, {"frames": ["red.png", "red.png"]}, "{{x}}"]},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    values = tmp_path / "values.jsonl"
+    values.write_text(json.dumps({"file": "red.png", "thing": "cat"}) + "\n", encoding="utf-8")
+    out = tmp_path / "answers"
+    arguments = ["generate", trained, "--prompts", prompts, "--values", values, "--out", out, "--max_tokens", 3]
+    cli.main([str(argument) for argument in [*arguments, "--beams", 2, "--length_penalty", -1]])
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["seen-000", "boxed-000"]
+    records = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["name"] for record in records] == ["seen-000", "boxed-000"]
+    assert all(len(record["token_ids"]) <= 3 and record["score"] < 0 for record in records)
+    assert "exists already" in command.fail(arguments, capsys)
+    sheet = tmp_path / "sheet.html"
+    chain = ["chain", trained, "--prompt", tmp_path / "red.png", "a cat", "--replace", 1, "--max_tokens", 2]
+    cli.main([str(argument) for argument in [*chain, "--by", tmp_path / "red.png", "a dog", "--out", sheet]])
+    page = sheet.read_text(encoding="utf-8")
+    assert page.count("<figure>") == 2 and "a cat" in page and page.count("data:image/png") == 1

@@ -159,29 +159,6 @@ def test_the_tolerance_is_tight_enough_to_see(mistake: Mistake, x: np.ndarray, p
     assert not np.allclose(hidden, references(x, params, mistake), rtol=RTOL, atol=ATOL)
 
 
-def test_decoding_with_a_cache_equals_the_whole_sequence(
-    graphdef: nnx.GraphDef, params: Any, x: np.ndarray, hidden: np.ndarray
-) -> None:
-    """Four positions at once, then two one by one, in a cache with room to spare."""
-    capacity = LENGTH + 3
-
-    @jax.jit
-    def decode(params: Any, x: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        cache = llama.KeyValueCache.empty(CONFIG, ROWS, capacity, jnp.dtype("float32"))
-        assert cache.keys.shape == (CONFIG.num_layers, ROWS, capacity, CONFIG.num_kv_heads, CONFIG.head_width)
-        parts = []
-        for start, end in ((0, 4), (4, 5), (5, 6)):
-            positions = jnp.asarray(POSITIONS[:, start:end])
-            mask = jnp.asarray(np.tril(np.ones((LENGTH, capacity), bool))[start:end])
-            mask = jnp.broadcast_to(mask, (ROWS, *mask.shape))
-            out, cache = model.decode(x[:, start:end], positions, mask, cache, start)
-            parts.append(out)
-        return jnp.concatenate(parts, axis=1)
-
-    np.testing.assert_allclose(decode(params, x), hidden, rtol=1e-5, atol=1e-5)
-
-
 def test_logits_are_float32_products_with_the_untied_head(graphdef: nnx.GraphDef, params: Any) -> None:
     hidden = np.random.default_rng(3).normal(size=(2, CONFIG.width)).astype(np.float32)
     model = nnx.merge(graphdef, params)

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from emu2_jax.config import LanguageConfig, ModelConfig
-from emu2_jax.generate import Generator
+from emu2_jax.generation.generator import Generator
 from emu2_jax.models import emu2, layers
 from emu2_jax.tokenizer import Tokenizer
 from emu2_jax.weights.names import table
