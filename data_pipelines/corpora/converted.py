@@ -1,4 +1,8 @@
-"""Where a converted corpus goes: a directory of shards of equal size that appears when it is complete."""
+"""Where a converted corpus goes: a directory of shards of equal size that appears when it is complete.
+
+Web documents, whose pictures were downloaded apart, are also read here: their sources differ in the layout of a record
+alone.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,20 @@ import collections
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.corpora.downloaded import DownloadedImages
+from data_pipelines.corpora.records import Record, read_records
 from data_pipelines.shard_writer import ShardWriter, shard_name
 from emu2_jax.errors import DataError
 
 SUMMARY = "convert.json"
+
+#: The members of a document's sample, "0.txt", "0.jpg", ..., and how many images are among them; counts what it leaves
+#: out by cause. None for a record that is not of the layout.
+Slots = Callable[[Record, DownloadedImages, collections.Counter[str]], tuple[dict[str, bytes], int] | None]
 
 
 class ShardSeries:
@@ -75,6 +85,41 @@ def new_corpus(
         raise DataError(f"{out_dir}: no sample could be written ({left_out or 'the input is empty'})")
     _write_summary(partial, {**summary, "counts": dict(sorted(series.counts.items()))})
     partial.rename(out_dir)
+
+
+def convert_documents(
+    source: str,
+    documents: Sequence[Path],
+    images: Sequence[Path],
+    out_dir: Path,
+    slots: Slots,
+    provenance: Callable[[Record], Mapping[str, Any]],
+    *,
+    samples_per_shard: int,
+    columns: Sequence[str] | None = None,
+) -> collections.Counter[str]:
+    """Writes web documents with the pictures found in `images` into shards in the new directory `out_dir`.
+
+    `slots` makes a sample of a record, `provenance` what its `json` member says; `columns` are all that is read of a
+    parquet file. Returns how many documents and images were written and what was left out, by cause. Raises `DataError`
+    for files that cannot be read.
+    """
+    downloaded = DownloadedImages(images)
+    settings = {"documents": [str(path) for path in documents], "images": [str(path) for path in images]}
+    with new_corpus(out_dir, source, samples_per_shard, settings) as corpus:
+        for record in read_records(documents, corpus.counts, columns=columns):
+            found = slots(record, downloaded, corpus.counts)
+            if found is None:
+                corpus.counts["malformed_document"] += 1
+                continue
+            parts, num_images = found
+            if not parts:
+                corpus.counts["empty_document"] += 1
+                continue
+            corpus.counts["images"] += num_images
+            corpus.counts["documents_without_images"] += not num_images
+            corpus.write({**parts, "json": json.dumps(provenance(record)).encode()})
+    return corpus.counts
 
 
 def _write_summary(directory: Path, summary: Mapping[str, Any]) -> None:

@@ -17,15 +17,14 @@ its sentence without one; the document stays. Which of its images a document is 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.corpora.converted import new_corpus
+from data_pipelines.corpora.converted import convert_documents
 from data_pipelines.corpora.downloaded import DownloadedImages, image_suffix
-from data_pipelines.corpora.records import Record, read_records
+from data_pipelines.corpora.records import Record
 from data_pipelines.kinds import Kind
 
 KIND: Kind = "interleaved"
@@ -34,27 +33,16 @@ KIND: Kind = "interleaved"
 def convert(
     documents: Sequence[Path], images: Sequence[Path], out_dir: Path, *, samples_per_shard: int = 1000
 ) -> Counter[str]:
-    """Writes the documents with the pictures found in `images` into shards in the new directory `out_dir`.
-
-    Returns how many documents and images were written and what was left out, by cause. Raises `DataError` for files
-    that cannot be read.
-    """
-    downloaded = DownloadedImages(images)
-    settings = {"documents": [str(path) for path in documents], "images": [str(path) for path in images]}
-    with new_corpus(out_dir, "mmc4", samples_per_shard, settings) as corpus:
-        for record in read_records(documents, corpus.counts):
-            parts = document_parts(record, downloaded, corpus.counts)
-            if parts:
-                corpus.write(parts)
-    return corpus.counts
+    """Writes the documents with the pictures found in `images` into shards (`converted.convert_documents`)."""
+    return convert_documents(
+        "mmc4", documents, images, out_dir, _slots, _provenance, samples_per_shard=samples_per_shard
+    )
 
 
-def document_parts(record: Record, downloaded: DownloadedImages, counts: Counter[str]) -> dict[str, bytes]:
-    """The members of a document's sample: "0.txt", "0.jpg", ..., "json"; empty for one that is not of the layout."""
+def _slots(record: Record, downloaded: DownloadedImages, counts: Counter[str]) -> tuple[dict[str, bytes], int] | None:
     texts, infos = record.fields.get("text_list"), record.fields.get("image_info") or []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or not isinstance(infos, list):
-        counts["malformed_document"] += 1
-        return {}
+        return None
     matched: dict[int, list[bytes]] = {}
     for info in infos:
         found = _picture(info, len(texts), downloaded, counts)
@@ -71,14 +59,7 @@ def document_parts(record: Record, downloaded: DownloadedImages, counts: Counter
         for number, data in enumerate(pictures, start=slot):
             parts[f"{number}.{image_suffix(data)}"] = data
         slot += max(1, len(pictures))
-    if not parts:
-        counts["empty_document"] += 1
-        return {}
-    num_images = sum(map(len, matched.values()))
-    counts["images"] += num_images
-    counts["documents_without_images"] += not num_images
-    parts["json"] = _provenance(record)
-    return parts
+    return parts, sum(map(len, matched.values()))
 
 
 def _picture(
@@ -97,5 +78,5 @@ def _picture(
     return index, data
 
 
-def _provenance(record: Record) -> bytes:
-    return json.dumps({"file": record.file, "line": record.number, "url": record.fields.get("url")}).encode()
+def _provenance(record: Record) -> Mapping[str, Any]:
+    return {"file": record.file, "line": record.number, "url": record.fields.get("url")}

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from data_pipelines.corpora.converted import new_corpus
+from data_pipelines.corpora.converted import convert_documents
 from data_pipelines.corpora.downloaded import DownloadedImages, image_suffix
-from data_pipelines.corpora.records import Record, read_records
+from data_pipelines.corpora.records import Record
 from data_pipelines.kinds import Kind
 
 KIND: Kind = "interleaved"
@@ -32,27 +33,23 @@ KIND: Kind = "interleaved"
 def convert(
     documents: Sequence[Path], images: Sequence[Path], out_dir: Path, *, samples_per_shard: int = 1000
 ) -> Counter[str]:
-    """Writes the documents with the pictures found in `images` into shards in the new directory `out_dir`.
-
-    Returns how many documents and images were written and what was left out, by cause. Raises `DataError` for files
-    that cannot be read.
-    """
-    downloaded = DownloadedImages(images)
-    settings = {"documents": [str(path) for path in documents], "images": [str(path) for path in images]}
-    with new_corpus(out_dir, "obelics", samples_per_shard, settings) as corpus:
-        for record in read_records(documents, corpus.counts, columns=("images", "texts", "general_metadata")):
-            parts = document_parts(record, downloaded, corpus.counts)
-            if parts:
-                corpus.write(parts)
-    return corpus.counts
+    """Writes the documents with the pictures found in `images` into shards (`converted.convert_documents`)."""
+    return convert_documents(
+        "obelics",
+        documents,
+        images,
+        out_dir,
+        _slots,
+        _provenance,
+        samples_per_shard=samples_per_shard,
+        columns=("images", "texts", "general_metadata"),
+    )
 
 
-def document_parts(record: Record, downloaded: DownloadedImages, counts: Counter[str]) -> dict[str, bytes]:
-    """The members of a document's sample: "0.txt", "0.jpg", ..., "json"; empty for one that is not of the layout."""
+def _slots(record: Record, downloaded: DownloadedImages, counts: Counter[str]) -> tuple[dict[str, bytes], int] | None:
     urls, texts = record.fields.get("images"), record.fields.get("texts")
     if not isinstance(urls, list) or not isinstance(texts, list) or len(urls) != len(texts):
-        counts["malformed_document"] += 1
-        return {}
+        return None
     parts: dict[str, bytes] = {}
     slot = num_images = 0
     has_image = False  # the slot has an image and waits for the paragraph after it
@@ -69,13 +66,11 @@ def document_parts(record: Record, downloaded: DownloadedImages, counts: Counter
             parts[f"{slot}.{image_suffix(data)}"] = data
             has_image = True
             num_images += 1
-    if not parts:
-        counts["empty_document"] += 1
-        return {}
-    counts["images"] += num_images
-    counts["documents_without_images"] += not num_images
-    parts["json"] = json.dumps({"file": record.file, "row": record.number, "url": _page_url(record)}).encode()
-    return parts
+    return parts, num_images
+
+
+def _provenance(record: Record) -> Mapping[str, Any]:
+    return {"file": record.file, "row": record.number, "url": _page_url(record)}
 
 
 def _page_url(record: Record) -> str | None:
