@@ -441,7 +441,7 @@ def _validate_source(config: ExperimentConfig, source: SourceConfig, path: str) 
     _require(images is None or images >= 1, f"{path}.images_per_document", "must be at least 1; None = all")
     _require(images is None or kind == "interleaved", f"{path}.images_per_document", f"is for interleaved, not {kind}")
     _require(source.video_frames >= 1, f"{path}.video_frames", "must be at least 1")
-    if kind != "video_text":
+    if kind != "video_text" or config.train.task != "pretrain":  # of a video decoder: decoder.video
         return
     slots = data.image_slots if source.image_slots is None else source.image_slots
     frames, needed = source.video_frames, 3 + source.video_frames * one_image  # <s> [VIDEO] ... </s>
@@ -476,7 +476,9 @@ def _validate_decoder(config: ExperimentConfig) -> None:
 
 
 def _validate_video(video: VideoConfig) -> None:
-    _require(video.num_frames >= 2, "decoder.video.num_frames", "must be at least 2; one image is for train.task = decoder")
+    _require(
+        video.num_frames >= 2, "decoder.video.num_frames", "must be at least 2; one image is for train.task = decoder"
+    )
     _require_positive(video, "decoder.video", "kernel_frames", "batch_clips")
     _require(video.kernel_frames % 2 == 1, "decoder.video.kernel_frames", "must be odd: as many frames before as after")
     rate = video.frames_per_second

@@ -208,7 +208,9 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     add = _adder(data)
     openmoji = add("openmoji", _openmoji, "build the embedded corpus (docs/corpora.md)")
     openmoji.add_argument("--out", type=Path, required=True, help="directory to make")
-    openmoji.add_argument("--preset", choices=["tiny", "minimal", "full"], default="full", help="how much of it (full)")
+    openmoji.add_argument(
+        "--preset", choices=["tiny", "motion", "minimal", "full"], default="full", help="how much of it (full)"
+    )
 
     index = add("index", _data_index, "build the indexes of shards, so that a run begins at once")
     index.epilog = DATA_INDEX_EPILOG

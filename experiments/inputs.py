@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from data_pipelines.batches import ImageBatch, PackedBatch
+from data_pipelines.clips import Timing, open_clip_pipeline
 from data_pipelines.crops import ImagePipeline, open_image_pipeline
 from data_pipelines.embedding_store import image_settings
 from data_pipelines.pipeline import Pipeline, open_pipeline
@@ -23,6 +24,7 @@ from data_pipelines.streaming import StreamPipeline, is_stream, open_stream
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.diffusion.decoder import DecoderTask
 from emu2_jax.diffusion.vae import latent_channels
+from emu2_jax.diffusion.video import VideoDecoderTask
 from emu2_jax.errors import ConfigError, DataError
 from emu2_jax.fingerprint import fingerprint
 from emu2_jax.models.emu2 import PretrainTask
@@ -151,9 +153,11 @@ def _packed_info(batch: PackedBatch) -> dict[str, float | str]:
 
 
 def _image_info(batch: ImageBatch) -> dict[str, float | str]:
+    images = batch.fields.get("images")
+    frames = images.shape[1] if images is not None and images.ndim == 5 else 1  # of a clip
     return {
         "source": _joined(batch.sources),
-        "images": int(batch.fields["weight"].sum()),
+        "images": int(batch.fields["weight"].sum()) * frames,
         "upscaled_images": batch.num_upscaled,
         "epoch": max(batch.epochs.values()),
     }
@@ -181,6 +185,8 @@ def make_task(config: ExperimentConfig, tokenizer: Tokenizer | None) -> Task:
     """The run's task. Without a tokenizer it is good for shapes alone: the ids of [IMG] and [/IMG] are unknown."""
     if config.train.task == "decoder":
         return DecoderTask(config)
+    if config.train.task == "video_decoder":
+        return VideoDecoderTask(config)
     ids = (tokenizer.image_start_id, tokenizer.image_end_id) if tokenizer else (0, 0)
     return PretrainTask(config, image_start_id=ids[0], image_end_id=ids[1])
 
@@ -190,7 +196,7 @@ def open_input(
 ) -> TrainingInput:
     """Open (and, the first time, index) every shard of the run. Raises `DataError` before anything compiles.
 
-    Only the decoder task does without a tokenizer. For `allowed_changes` see `TrainingInput`.
+    The decoder tasks do without a tokenizer. For `allowed_changes` see `TrainingInput`.
     """
     hosts, host = jax.process_count(), jax.process_index()
     pipeline: Pipeline | ImagePipeline | StreamPipeline
@@ -204,6 +210,16 @@ def open_input(
             hosts=hosts,
             host=host,
             store_settings=store_settings(config),
+        )
+    elif config.train.task == "video_decoder":
+        pipeline = open_clip_pipeline(
+            config.data,
+            image_size=config.decoder.image_size,
+            batch_clips=config.decoder.video.batch_clips,
+            timing=timing(config),
+            random_scale_max=config.decoder.random_scale_max,
+            hosts=hosts,
+            host=host,
         )
     else:
         assert tokenizer is not None, "pretraining needs a tokenizer"
@@ -221,6 +237,11 @@ def open_input(
     elif any(position != pipeline.state(0) for position in _of_all_hosts(pipeline.state(0))):
         raise DataError("data: hosts see different samples; do all read the same shards, with indexes of the same age?")
     return TrainingInput(pipeline, allowed_changes)
+
+
+def timing(config: ExperimentConfig) -> Timing:
+    """Which frames of a video the video decoder learns to draw, and draws."""
+    return Timing(config.decoder.video.num_frames, config.decoder.video.frames_per_second)
 
 
 def store_settings(config: ExperimentConfig) -> dict[str, str | int | float | bool]:
@@ -257,6 +278,8 @@ def batch_rows(config: ExperimentConfig) -> dict[str, int]:
     """Rows of every global batch that the run will see, by the config path that sets them."""
     if config.train.task == "decoder":
         return {"decoder.batch_images": config.decoder.batch_images}
+    if config.train.task == "video_decoder":
+        return {"decoder.video.batch_clips": config.decoder.video.batch_clips}
     rows = {"data.global_batch_rows": config.data.global_batch_rows}
     if config.data.mixing == "mixed":
         return rows
@@ -282,6 +305,13 @@ def example_shapes(config: ExperimentConfig) -> dict[str, tuple[tuple[int, ...],
                 **fields,
             }
         return {"images": ((count, size, size, 3), np.dtype(np.uint8)), **fields}
+    if config.train.task == "video_decoder":
+        size, video = config.decoder.image_size, config.decoder.video
+        return {
+            "images": ((video.batch_clips, video.num_frames, size, size, 3), np.dtype(np.uint8)),
+            "time_ids": ((video.batch_clips, 6), np.dtype(np.int32)),
+            "weight": ((video.batch_clips,), np.dtype(np.float32)),
+        }
     size, visual_tokens = config.model.vision.image_size, config.model.num_visual_tokens
     seen = [source for source in config.data.sources if source.weight > 0 and source.kind != "text"]
     stored = bool(seen) and all(source.embeddings is not None for source in seen)

@@ -49,7 +49,9 @@ class DecoderTask:
         self.decoder = config.decoder
         self.coefficients: Mapping[str, float] = {"noise": 1.0}
         self.network: Network = image_network
-        self.frames = 1  #: neighbouring images of a batch that have one timestep, and keep or lose the condition together
+        self.frames = (
+            1  #: neighbouring images of a batch that have one timestep, and keep or lose the condition together
+        )
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Random parameters of the visual encoder, the U-Net and, where latents are its, the VAE."""
