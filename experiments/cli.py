@@ -128,7 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--workdir", type=Path, required=True, help="each variant gets a directory in it")
 
     evaluate = add("evaluate", _evaluate, "measure a trained model on held-out pairs and draw pictures")
-    evaluate.add_argument("run", type=Path, help="run directory: holds stage2/ and decoder/, gets evaluation/")
+    evaluate.add_argument(
+        "run",
+        type=Path,
+        help="run directory: holds stage2/ and decoder/, gets evaluation/; or a video decoder's work directory",
+    )
 
     generate = add("generate", _generate, "continue a prompt of texts and images")
     generate.add_argument(
@@ -140,10 +144,17 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", type=Path, metavar="FILE.png", help="draw an image after the prompt, into FILE")
     generate.add_argument("--max_tokens", type=int, default=48, help="longest text, tokens (48)")
 
-    reconstruct = add("reconstruct", _reconstruct, "encode images and draw them again from their embeddings")
-    reconstruct.add_argument("run", type=Path, help="run directory: holds decoder/")
-    reconstruct.add_argument("images", nargs="+", type=Path)
-    reconstruct.add_argument("--out", type=Path, required=True, help="picture to write: originals above, redrawn below")
+    reconstruct = add("reconstruct", _reconstruct, "encode images or videos and draw them again from their embeddings")
+    reconstruct.add_argument(
+        "run", type=Path, help="run directory (holds decoder/) or a work directory; for videos, a video decoder's"
+    )
+    reconstruct.add_argument("images", nargs="+", type=Path, metavar="FILE", help="images, or videos")
+    reconstruct.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="picture to write: originals above, redrawn below; or animation (.gif, .webp, .png, .mp4): side by side",
+    )
 
     convert = add("convert", _convert, "make a work directory from released weights (docs/weights.md)")
     convert.epilog = CONVERT_EPILOG
@@ -371,7 +382,13 @@ def _sweep(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
     from experiments.evaluate import evaluate_run
+    from experiments.evaluate_clips import evaluate_clips, is_video_decoder
 
+    if is_video_decoder(arguments.run):
+        for split, rows in evaluate_clips(arguments.run).items():
+            for who, row in rows.items():
+                print(f"{split:<8} {who:<18} " + "  ".join(f"{name} {value:.3f}" for name, value in row.items()))
+        return
     for name, value in evaluate_run(arguments.run).items():
         print(f"{name:<32} {value:.4f}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -217,9 +218,18 @@ def crops(config: ExperimentConfig, numbers: Sequence[int]) -> list[CropView]:
             continue
         height, width, top, left, side, _ = batch.fields["time_ids"][0].tolist()
         image = batch.fields["images"][0]
-        picture = thumbnail(np.concatenate(image, axis=1) if image.ndim == 4 else image)
+        picture = thumbnail(_tiled(image) if image.ndim == 4 else image)
         found.append(CropView(batch.sources[0], picture, f"{width} x {height}", f"{left}, {top}", side))
     return found
+
+
+def _tiled(frames: UInt8[np.ndarray, "T S S 3"]) -> UInt8[np.ndarray, "K K 3"]:
+    """The frames of a clip in reading order on one square, what is left of it black."""
+    count, size = frames.shape[:2]
+    side = math.ceil(count**0.5)
+    tiles = np.concatenate([frames, np.zeros((side**2 - count, *frames.shape[1:]), np.uint8)])
+    rows = tiles.reshape(side, side, size, size, 3).swapaxes(1, 2)
+    return rows.reshape(side * size, side * size, 3)
 
 
 def thumbnail(image: UInt8[np.ndarray, "S S 3"]) -> str:

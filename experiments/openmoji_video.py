@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from emu2_jax.config import ExperimentConfig, SourceConfig, TrainConfig, VideoConfig
+from emu2_jax.config import EvaluationConfig, ExperimentConfig, SourceConfig, TrainConfig, VideoConfig
 from experiments import openmoji_tiny
 
 MOTION = "runs/demo/motion"
@@ -26,6 +26,7 @@ def video_decoder() -> ExperimentConfig:
         name="openmoji_tiny_video_decoder",
         data=dataclasses.replace(image.data, sources=(VIDEOS,)),
         optimizer=dataclasses.replace(image.optimizer, learning_rate=5e-4, temporal_learning_rate=1e-3),
-        train=TrainConfig(task="video_decoder", num_steps=400, init_from="runs/demo/decoder"),
+        train=TrainConfig(task="video_decoder", num_steps=300, init_from="runs/demo/decoder"),
+        evaluation=EvaluationConfig(num_samples=32, num_pictures=8),
         decoder=dataclasses.replace(image.decoder, video=VideoConfig(num_frames=8, attention="joint", batch_clips=4)),
     )

@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.images import decode_image
-from data_pipelines.kinds import SampleError
+from data_pipelines.kinds import VIDEO_SUFFIXES, SampleError
 from emu2_jax.diffusion import decoder as decoder_lib
 from emu2_jax.errors import DataError, UserError
 from emu2_jax.generate import Generator, Link
 from experiments.evaluate import DECODER_STAGE, MODEL_STAGE
 from experiments.inputs import open_tokenizer
+from experiments.reconstruct_clips import reconstruct_clips
 from experiments.runs import CONFIG, load_config, load_params
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
@@ -44,11 +45,21 @@ def generate(run: Path, prompt: Sequence[str], *, image_file: Path | None, max_t
 
 
 def reconstruct(run: Path, images: Sequence[Path], out: Path) -> None:
-    """Write one picture: the images above, what the decoder makes of their embeddings below."""
+    """Write one picture: the images above, what the decoder makes of their embeddings below.
+
+    A video decoder's work directory takes videos and gives an animation (`reconstruct_clips`).
+    """
+    stage = run if (run / CONFIG).exists() else run / DECODER_STAGE  # a work directory, or a run that holds several
+    config = load_config(stage)
+    if config.train.task == "video_decoder":
+        reconstruct_clips(stage, config, images, out)
+        return
+    for path in images:
+        if path.suffix.lower().removeprefix(".") in VIDEO_SUFFIXES:
+            raise UserError(f"{path}: is a video, and {stage} draws images; give the work directory of a video decoder")
     _check_new_picture(out)
-    config = load_config(run / DECODER_STAGE)
     originals = np.stack([_read_image(path, config.decoder.image_size) for path in images])
-    params = load_params(run / DECODER_STAGE, config)
+    params = load_params(stage, config)
     redrawn = np.asarray(decoder_lib.autoencode(config, params, jnp.asarray(originals), jax.random.key(0)))
     rows = [np.concatenate(list(row), axis=1) for row in (originals / 255.0, redrawn)]
     _save(np.concatenate(rows, axis=0), out)

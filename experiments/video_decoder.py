@@ -2,9 +2,9 @@
 
     emu2 train emu2_37b_video_decoder --workdir DIR --dry_run
 
-The paper names the U-Net it starts from and the layers that are added, and no number; all of these are **open**. Convert
-the U-Net and the VAE first (`--from unet=SD21/unet --from vae=SD21/vae`); its cross-attention, made for 1024 channels
-of text, is drawn anew.
+The paper names the U-Net it starts from and the layers that are added, and no number: all of these are **open**.
+Convert the U-Net and the VAE first (`--from unet=SD21/unet --from vae=SD21/vae`); its cross-attention, made for 1024
+channels of text, is drawn anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from experiments import decoder
 
 
 def video_decoder() -> ExperimentConfig:
-    """Velocity prediction on clips of 8 frames at 512 px, in the latents of Stable Diffusion's VAE; no language model."""
+    """Velocity prediction on clips of 8 frames at 512 px, in the latents of Stable Diffusion's VAE."""
     image = decoder.decoder()
     return dataclasses.replace(
         image,

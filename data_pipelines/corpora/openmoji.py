@@ -373,8 +373,9 @@ def settings_of(directory: str | Path) -> OpenMojiSettings:
     """The settings that the corpus in `directory` was built with. Raises `DataError` when there is none."""
     path = Path(directory) / "corpus.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        return OpenMojiSettings(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+        return OpenMojiSettings(**values)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path}: tells of no OpenMoji corpus that this program builds ({error})") from error
 

@@ -323,4 +323,5 @@ def autoencode(
 def encode(
     config: ModelConfig, visual_encoder_params: Params, images: UInt8[Array, "B S S 3"]
 ) -> tuple[Float[Array, "B N D"], Float[Array, "1 N D"]]:
+    """Embeddings of images, and the null to steer away from."""
     return encode_images(config, visual_encoder_params, images), null_embeddings(config, visual_encoder_params)

@@ -128,7 +128,8 @@ class TemporalLayers(nnx.Module):
 
 
 def _attention_stack(transformer: Transformer, video: VideoConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Stack:
-    spatial = transformer.transformer_blocks.layers.attn1
+    layers: Any = transformer.transformer_blocks.layers
+    spatial: Attention = layers.attn1
     num_layers, width = spatial.to_out.bias.shape
     return Stack(
         lambda rngs: TemporalAttention(width, spatial.heads, video.attention, dtype=dtype, rngs=rngs),
@@ -159,7 +160,7 @@ def insert(unet: UNet, temporal: TemporalLayers, num_frames: int) -> UNet:
         joined = ConvolutionThenTime(convolution, _at(temporal, path), num_frames)
         setattr(_at(unet, path[:-1]), path[-1], joined)
     for path, transformer in transformers(unet).items():
-        layers = transformer.transformer_blocks.layers
+        layers: Any = transformer.transformer_blocks.layers
         layers.attn1 = SpaceTimeAttention(layers.attn1, _at(temporal, path).layers, num_frames)
     return unet
 
