@@ -59,7 +59,7 @@ def clip_numbers(times: Float64[np.ndarray, " F"], timing: Timing, start: float)
         raise SampleError(
             "too_few_frames",
             f"the video is {times[-1] + spacing:.2f} s long; {wanted} frames (decoder.video.num_frames) at "
-            f"{timing.frames_per_second:g} a second are {length + spacing:.2f} s",
+            f"{timing.frames_per_second:g} a second are {wanted / timing.frames_per_second:.2f} s",
         )
     shown_at = start * max(room, 0.0) + np.arange(wanted) / timing.frames_per_second
     # The frame that is on the screen then, with half a frame's tolerance for times that are rounded.
