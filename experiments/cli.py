@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 
     reconstruct = add("reconstruct", _reconstruct, "encode images or videos and draw them again from their embeddings")
     reconstruct.add_argument(
-        "run", type=Path, help="run directory (holds decoder/) or a work directory; for videos, a video decoder's"
+        "run", type=Path, help="run directory (holds decoder/, and for videos video/) or a work directory"
     )
     reconstruct.add_argument("images", nargs="+", type=Path, metavar="FILE", help="images, or videos")
     reconstruct.add_argument(

@@ -20,6 +20,7 @@ from experiments.inputs import open_tokenizer
 from experiments.reconstruct_clips import reconstruct_clips
 from experiments.runs import CONFIG, load_config, load_params
 
+VIDEO_STAGE = "video"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
 
 
@@ -47,16 +48,17 @@ def generate(run: Path, prompt: Sequence[str], *, image_file: Path | None, max_t
 def reconstruct(run: Path, images: Sequence[Path], out: Path) -> None:
     """Write one picture: the images above, what the decoder makes of their embeddings below.
 
-    A video decoder's work directory takes videos and gives an animation (`reconstruct_clips`).
+    Videos are taken by a video decoder and give an animation (`reconstruct_clips`). `run` is a work directory, or a
+    run that holds several.
     """
-    stage = run if (run / CONFIG).exists() else run / DECODER_STAGE  # a work directory, or a run that holds several
+    videos = [path for path in images if path.suffix.lower().removeprefix(".") in VIDEO_SUFFIXES]
+    stage = run if (run / CONFIG).exists() else run / (VIDEO_STAGE if videos else DECODER_STAGE)
     config = load_config(stage)
     if config.train.task == "video_decoder":
         reconstruct_clips(stage, config, images, out)
         return
-    for path in images:
-        if path.suffix.lower().removeprefix(".") in VIDEO_SUFFIXES:
-            raise UserError(f"{path}: is a video, and {stage} draws images; give the work directory of a video decoder")
+    if videos:
+        raise UserError(f"{videos[0]}: is a video, and {stage} draws images; give a video decoder's work directory")
     _check_new_picture(out)
     originals = np.stack([_read_image(path, config.decoder.image_size) for path in images])
     params = load_params(stage, config)

@@ -3,8 +3,8 @@
     emu2 train emu2_37b_video_decoder --workdir DIR --dry_run
 
 The paper names the U-Net it starts from and the layers that are added, and no number: all of these are **open**.
-Convert the U-Net and the VAE first (`--from unet=SD21/unet --from vae=SD21/vae`); its cross-attention, made for 1024
-channels of text, is drawn anew.
+Convert U-Net, VAE and encoder first (`--from unet=SD21/unet --from vae=SD21/vae --from Emu2`, docs/video.md); the
+cross-attention, made for 1024 channels of text, is drawn anew.
 """
 
 from __future__ import annotations

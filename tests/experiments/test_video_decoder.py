@@ -159,7 +159,7 @@ def test_bad_input_gets_a_line(
     assert "is no video of which a clip can be made: damaged_video" in fail(
         ["reconstruct", video_run, words, "--out", out], capsys
     )
-    assert "draws images; give the work directory of a video decoder" in fail(
+    assert "draws images; give a video decoder's work directory" in fail(
         ["reconstruct", image_run, short, "--out", out], capsys
     )
     assert "wanted a name for an animation" in fail(
