@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from data_pipelines.batches import PackedBatch
+from data_pipelines.clips import Timing, open_clip_pipeline
 from data_pipelines.crops import ImagePipeline, open_image_pipeline
 from data_pipelines.index import BadSample
 from data_pipelines.packing import plan_rows
 from data_pipelines.pipeline import Pipeline, open_pipeline
 from data_pipelines.sources import used_sources
-from emu2_jax.config import DataConfig, SourceConfig
+from emu2_jax.config import DataConfig, SampleKind, SourceConfig
 from emu2_jax.errors import DataError
 from emu2_jax.tokenizer import Tokenizer
 
@@ -113,22 +115,42 @@ def check_images(
     config: DataConfig, *, image_size: int, batch_images: int, random_scale_max: float, num_read: int
 ) -> list[SourceCheck]:
     """The same for the visual decoder, which reads the pictures of the image-text sources one by one."""
-    config = dataclasses.replace(
-        config, sources=tuple(source for source in config.sources if source.kind == "image_text")
+    open_alone = functools.partial(
+        open_image_pipeline, image_size=image_size, batch_images=1, random_scale_max=random_scale_max
     )
+    return _check_one_by_one(config, "image_text", open_alone, per_step=batch_images, num_read=num_read)
+
+
+def check_clips(
+    config: DataConfig, *, image_size: int, batch_clips: int, timing: Timing, random_scale_max: float, num_read: int
+) -> list[SourceCheck]:
+    """The same for the video decoder, which reads the videos of the video-text sources one by one."""
+    open_alone = functools.partial(
+        open_clip_pipeline, image_size=image_size, batch_clips=1, timing=timing, random_scale_max=random_scale_max
+    )
+    return _check_one_by_one(config, "video_text", open_alone, per_step=batch_clips, num_read=num_read)
+
+
+def _check_one_by_one(
+    config: DataConfig,
+    kind: SampleKind,
+    open_alone: Callable[[DataConfig], ImagePipeline],
+    *,
+    per_step: int,
+    num_read: int,
+) -> list[SourceCheck]:
+    config = dataclasses.replace(config, sources=tuple(source for source in config.sources if source.kind == kind))
     checks = []
     for source in used_sources(config):
         check = SourceCheck(source, share_of_steps=_share(config, source))
         try:
-            pipeline = open_image_pipeline(
-                _alone(config, source), image_size=image_size, batch_images=1, random_scale_max=random_scale_max
-            )
+            pipeline = open_alone(_alone(config, source))
             _take_index(check, pipeline)
             _read_rows(check, pipeline, num_read)
         except DataError as error:
             check.error = str(error)
         else:
-            check.steps_per_epoch = check.num_samples / (batch_images * check.share_of_steps)
+            check.steps_per_epoch = check.num_samples / (per_step * check.share_of_steps)
         checks.append(check)
     return checks
 

@@ -113,7 +113,15 @@ def decode_crop(
 
     `scale` is at least 1. `top` and `left` in [0, 1) place the square within the room there is. Raises `SampleError`.
     """
-    picture = _read(data, size * scale, rules)
+    return _cut(_read(data, size * scale, rules), size, scale, top, left)
+
+
+def crop(pixels: UInt8[np.ndarray, "H W 3"], size: int, scale: float, top: float, left: float) -> Crop:
+    """As `decode_crop`, from pixels: frames of a video, say."""
+    return _cut(_Picture(pixels, *pixels.shape[:2]), size, scale, top, left)
+
+
+def _cut(picture: _Picture, size: int, scale: float, top: float, left: float) -> Crop:
     height, width = picture.height, picture.width
     zoom = size * scale / min(width, height)
     room_x, room_y = round(width * zoom) - size, round(height * zoom) - size

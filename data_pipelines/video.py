@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -18,6 +18,9 @@ av.logging.set_level(av.logging.PANIC)  # FFmpeg writes of damaged files to stde
 #: A damaged packet is an error, as a damaged image is: by default FFmpeg paints over it. And frames may grow within a
 #: stream.
 _STRICT = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+
+
+_Finished = TypeVar("_Finished")
 
 
 class _Packets(NamedTuple):
@@ -42,6 +45,19 @@ def sample_frames(data: bytes, draws: Float64[np.ndarray, " T"], image_size: int
     Which ones is up to `draws` (`frame_numbers`). The frames are those that the packets hold, whatever the file's
     header says of their number. Rotation written in the header is not applied. Raises `SampleError`.
     """
+    return read_frames(data, lambda times: frame_numbers(len(times), draws), lambda frame: squeeze(frame, image_size))
+
+
+def read_frames(
+    data: bytes,
+    choose: Callable[[Float64[np.ndarray, " F"]], Int64[np.ndarray, " T"]],
+    finish: Callable[[UInt8[np.ndarray, "H W 3"]], _Finished],
+) -> list[_Finished]:
+    """What `finish` makes of some frames of a video, RGB and whole.
+
+    `choose` is given when each frame is shown, in seconds after the first, and gives the numbers of those to decode, in
+    rising order. Raises `SampleError`.
+    """
     try:
         with av.open(io.BytesIO(data), "r", metadata_errors="replace") as container:
             if not container.streams.video:
@@ -50,8 +66,9 @@ def sample_frames(data: bytes, draws: Float64[np.ndarray, " T"], image_size: int
             if stream.codec_context is None:
                 raise SampleError("damaged_video", "the video stream is of no known codec")
             packets = _packets(container, stream)
-            numbers = frame_numbers(len(packets.times), draws)
-            return [squeeze(frame, image_size) for frame in _decode(container, stream, packets, numbers.tolist())]
+            times = (packets.times - packets.times[0]) * float(stream.time_base or 0)
+            numbers = choose(times)
+            return [finish(frame) for frame in _decode(container, stream, packets, numbers.tolist())]
     except (av.FFmpegError, ValueError, MemoryError) as error:
         raise SampleError("damaged_video", f"{len(data)} bytes: {getattr(error, 'strerror', None) or error}") from error
 

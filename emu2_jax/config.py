@@ -14,7 +14,7 @@ from typing import Literal
 from emu2_jax.errors import ConfigError
 
 #: The parts a parameter can belong to: the top-level keys of the parameter tree.
-Part = Literal["visual_encoder", "project_up", "language_model", "project_down", "unet", "vae"]
+Part = Literal["visual_encoder", "project_up", "language_model", "project_down", "unet", "temporal", "vae"]
 
 #: What a layer keeps for its backward pass, which computes the rest again (`emu2_jax.models.stack`).
 Remat = Literal["none", "dots", "dots_with_context", "context", "offload", "full"]
@@ -157,6 +157,7 @@ class OptimizerConfig:
     visual_encoder_learning_rate: float | None = None  #: paper stage 1: 5e-5
     connector_learning_rate: float | None = None  #: project_up and project_down; paper stage 1: 1e-4
     language_model_learning_rate: float | None = None  #: paper stage 1: 3e-5
+    temporal_learning_rate: float | None = None  #: of the video decoder's layers of time; **open**
     frozen: tuple[Part, ...] = ()  #: parts that do not train: no gradients, no moments
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  #: decay after the warm-up
     warmup_ratio: float = 0.0  #: share of train.num_steps; the learning rate rises linearly to its peak
@@ -185,7 +186,7 @@ class MeshConfig:
 class TrainConfig:
     """The loop."""
 
-    task: Literal["pretrain", "decoder"] = "pretrain"  #: what is trained: Emu2 itself, or the visual decoder
+    task: Literal["pretrain", "decoder", "video_decoder"] = "pretrain"  #: what is trained: Emu2, or one that draws
     num_steps: int = 1000
     seed: int = 0  #: initial parameters and every draw inside a step
     log_every_steps: int = 10  #: a line of metrics.jsonl; every step is checked for finite losses all the same
@@ -235,11 +236,23 @@ class VAEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """The video decoder: what stands between the frames of a clip (train.task = video_decoder). All **open**."""
+
+    num_frames: int = 8  #: T, frames of a clip, which are drawn together
+    frames_per_second: float | None = None  #: of what is read and drawn; None = T frames, evenly over a whole video
+    kernel_frames: int = 3  #: frames that a convolution over time reads; odd
+    attention: Literal["axial", "joint"] = "axial"  #: a position sees itself, or every position, in all the frames
+    batch_clips: int = 256  #: clips per optimiser step over all hosts
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The visual decoder: a diffusion model on frozen visual embeddings (paper section 2.3 and table 7)."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)  #: of decoder.latent = autoencoder_kl
+    video: VideoConfig = field(default_factory=VideoConfig)  #: of train.task = video_decoder
     latent: Literal["space_to_depth", "autoencoder_kl"] = "autoencoder_kl"  #: what stands between pixels and latents
     latent_factor: int = 8  #: pixels per latent position along one side
     latent_scale: float = 0.13025  #: latents are multiplied by this (SDXL's VAE)
@@ -328,8 +341,10 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _require(block is None or block >= 1, "objective.vocab_block_positions", "must be at least 1; None = all at once")
     _validate_optimizer(config)
     _validate_data(config)
-    if config.train.task == "decoder":
+    if config.train.task != "pretrain":
         _validate_decoder(config)
+    if config.train.task == "video_decoder":
+        _validate_video(config.decoder.video)
     return config
 
 
@@ -339,14 +354,15 @@ def _validate_optimizer(config: ExperimentConfig) -> None:
     _require(0 <= optimizer.warmup_ratio < 1, "optimizer.warmup_ratio", "must lie in [0, 1)")
     warmup = optimizer.warmup_steps or 0
     _require(0 <= warmup <= config.train.num_steps, "optimizer.warmup_steps", "must lie between 0 and train.num_steps")
-    prefixes = ("", "visual_encoder_", "connector_", "language_model_")
+    prefixes = ("", "visual_encoder_", "connector_", "language_model_", "temporal_")
     for name in (f"{prefix}learning_rate" for prefix in prefixes):
         value = getattr(optimizer, name)
         _require(value is None or value >= 0, f"optimizer.{name}", "must not be negative")
-    decoder = config.train.task == "decoder"
+    decoder = config.train.task != "pretrain"
+    temporal = ("temporal",) if config.train.task == "video_decoder" else ()
     vae = ("vae",) if config.decoder.latent == "autoencoder_kl" else ()
     parts: tuple[str, ...] = ("visual_encoder", "project_up", "project_down", "language_model")
-    parts = ("visual_encoder", "unet", *vae) if decoder else parts
+    parts = ("visual_encoder", "unet", *temporal, *vae) if decoder else parts
     _require(bool(set(parts) - set(optimizer.frozen)), "optimizer.frozen", "leaves nothing to train")
     _require(set(optimizer.frozen) <= set(parts), "optimizer.frozen", f"names a part that is not of {', '.join(parts)}")
     _require(
@@ -436,7 +452,7 @@ def _validate_source(config: ExperimentConfig, source: SourceConfig, path: str) 
     _require(images is None or images >= 1, f"{path}.images_per_document", "must be at least 1; None = all")
     _require(images is None or kind == "interleaved", f"{path}.images_per_document", f"is for interleaved, not {kind}")
     _require(source.video_frames >= 1, f"{path}.video_frames", "must be at least 1")
-    if kind != "video_text":
+    if kind != "video_text" or config.train.task != "pretrain":  # of a video decoder: decoder.video
         return
     slots = data.image_slots if source.image_slots is None else source.image_slots
     frames, needed = source.video_frames, 3 + source.video_frames * one_image  # <s> [VIDEO] ... </s>
@@ -468,6 +484,16 @@ def _validate_decoder(config: ExperimentConfig) -> None:
         "decoder.unet.cross_attention_width",
         f"must equal model.vision.width = {config.model.vision.width}, the width of a visual embedding",
     )
+
+
+def _validate_video(video: VideoConfig) -> None:
+    _require(
+        video.num_frames >= 2, "decoder.video.num_frames", "must be at least 2; one image is for train.task = decoder"
+    )
+    _require_positive(video, "decoder.video", "kernel_frames", "batch_clips")
+    _require(video.kernel_frames % 2 == 1, "decoder.video.kernel_frames", "must be odd: as many frames before as after")
+    rate = video.frames_per_second
+    _require(rate is None or rate > 0, "decoder.video.frames_per_second", "must be positive; None = the whole video")
 
 
 def _require(condition: bool, path: str, message: str) -> None:

@@ -23,6 +23,7 @@ def peak_learning_rate(config: OptimizerConfig, part: str) -> float:
         "project_up": config.connector_learning_rate,
         "project_down": config.connector_learning_rate,
         "language_model": config.language_model_learning_rate,
+        "temporal": config.temporal_learning_rate,
     }.get(part)
     return config.learning_rate if own is None else own
 

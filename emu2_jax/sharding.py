@@ -54,6 +54,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"unet/conv_out/kernel", (None, None, "fsdp", None)),  # 4 latent channels out: input channels instead
     (r"unet/.*conv.*/kernel", (None, None, None, "fsdp")),
     (r"unet/.*/kernel", (None, "fsdp")),
+    # Layers of time of the video decoder: the same.
+    (r"temporal/.*/bias", (None,)),
+    (r"temporal/conv_out/kernel", (None, None, None)),  # 4 x 4
+    (r"temporal/.*conv.*/kernel", (None, None, "fsdp")),
+    (r"temporal/.*/kernel", (None, "fsdp")),
     # VAE: the same; frozen, so that there are no moments to lie anywhere.
     (r"vae/.*/(scale|bias)", (None,)),
     (r"vae/(quant_conv|post_quant_conv)/kernel", (None, None, None, None)),  # 8 x 8 and 4 x 4

@@ -180,7 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--workdir", type=Path, required=True, help="each variant gets a directory in it")
 
     evaluate = add("evaluate", _evaluate, "measure a trained model on held-out pairs and draw pictures")
-    evaluate.add_argument("run", type=Path, help="run directory: holds stage2/ and decoder/, gets evaluation/")
+    evaluate.add_argument(
+        "run",
+        type=Path,
+        help="run directory: holds stage2/ and decoder/, gets evaluation/; or a video decoder's work directory",
+    )
 
     generate = add("generate", _generate, "continue prompts of texts, images, videos and boxes")
     generate.epilog = GENERATE_EPILOG
@@ -213,10 +217,17 @@ def _parser() -> argparse.ArgumentParser:
     chain.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture or .html page to write")
     _add_decoding(chain)
 
-    reconstruct = add("reconstruct", _reconstruct, "encode images and draw them again from their embeddings")
-    reconstruct.add_argument("run", type=Path, help="run directory: holds decoder/")
-    reconstruct.add_argument("images", nargs="+", type=Path)
-    reconstruct.add_argument("--out", type=Path, required=True, help="picture to write: originals above, redrawn below")
+    reconstruct = add("reconstruct", _reconstruct, "encode images or videos and draw them again from their embeddings")
+    reconstruct.add_argument(
+        "run", type=Path, help="run directory (holds decoder/, and for videos video/) or a work directory"
+    )
+    reconstruct.add_argument("images", nargs="+", type=Path, metavar="FILE", help="images, or videos")
+    reconstruct.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="picture to write: originals above, redrawn below; or animation (.gif, .webp, .png, .mp4): side by side",
+    )
 
     convert = add("convert", _convert, "make a work directory from released weights (docs/weights.md)")
     convert.epilog = CONVERT_EPILOG
@@ -299,7 +310,9 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     add = _adder(data)
     openmoji = add("openmoji", _openmoji, "build the embedded corpus (docs/corpora.md)")
     openmoji.add_argument("--out", type=Path, required=True, help="directory to make")
-    openmoji.add_argument("--preset", choices=["tiny", "minimal", "full"], default="full", help="how much of it (full)")
+    openmoji.add_argument(
+        "--preset", choices=["tiny", "motion", "minimal", "full"], default="full", help="how much of it (full)"
+    )
 
     index = add("index", _data_index, "build the indexes of shards, so that a run begins at once")
     index.epilog = DATA_INDEX_EPILOG
@@ -500,7 +513,13 @@ def _sweep(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
     from experiments.evaluate import evaluate_run
+    from experiments.evaluate_clips import evaluate_clips, is_video_decoder
 
+    if is_video_decoder(arguments.run):
+        for split, rows in evaluate_clips(arguments.run).items():
+            for who, row in rows.items():
+                print(f"{split:<8} {who:<18} " + "  ".join(f"{name} {value:.3f}" for name, value in row.items()))
+        return
     for name, value in evaluate_run(arguments.run).items():
         print(f"{name:<32} {value:.4f}")
 

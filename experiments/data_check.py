@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from data_pipelines.check import MAX_PLANNED, Causes, SourceCheck, check_images, check_packed
+from data_pipelines.check import MAX_PLANNED, Causes, SourceCheck, check_clips, check_images, check_packed
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.errors import DataError
 from experiments.describe import image_reading
-from experiments.inputs import open_tokenizer
+from experiments.inputs import open_tokenizer, timing
 
 
 def check(config: ExperimentConfig, num_read: int) -> tuple[str, list[SourceCheck]]:
@@ -21,6 +21,15 @@ def check(config: ExperimentConfig, num_read: int) -> tuple[str, list[SourceChec
             config.data,
             image_size=config.decoder.image_size,
             batch_images=config.decoder.batch_images,
+            random_scale_max=config.decoder.random_scale_max,
+            num_read=num_read,
+        )
+    elif config.train.task == "video_decoder":
+        checks = check_clips(
+            config.data,
+            image_size=config.decoder.image_size,
+            batch_clips=config.decoder.video.batch_clips,
+            timing=timing(config),
             random_scale_max=config.decoder.random_scale_max,
             num_read=num_read,
         )
@@ -50,6 +59,9 @@ def _head(config: ExperimentConfig) -> str:
     data = config.data
     if config.train.task == "decoder":
         what = f"{config.decoder.batch_images:,} images a step"
+    elif config.train.task == "video_decoder":
+        video = config.decoder.video
+        what = f"{video.batch_clips:,} clips of {video.num_frames} frames a step"
     else:
         rows = f"{data.row_length} positions and {data.image_slots} image slots, {data.global_batch_rows} rows a step"
         what = f"rows of {rows}, mixing {data.mixing}"

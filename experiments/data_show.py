@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +19,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from data_pipelines.crops import open_image_pipeline
+from data_pipelines.clips import open_clip_pipeline
+from data_pipelines.crops import ImagePipeline, open_image_pipeline
 from data_pipelines.pipeline import open_pipeline
 from emu2_jax import losses
 from emu2_jax.config import DataConfig, ExperimentConfig, ObjectiveConfig
@@ -26,7 +28,7 @@ from emu2_jax.errors import UserError
 from emu2_jax.report import page_environment, write_page
 from emu2_jax.tokenizer import Tokenizer
 from experiments.describe import image_reading
-from experiments.inputs import open_tokenizer
+from experiments.inputs import open_tokenizer, timing
 
 TEMPLATE = "data_show.html.jinja"
 #: In every page that this command writes: only such a page is overwritten.
@@ -99,7 +101,7 @@ def show(config: ExperimentConfig, out: Path, *, num_rows: int, first: int = 0) 
         raise UserError(f"--rows {num_rows} --first {first}: wanted at least one row, and rows are counted from 0")
     numbers = range(first, first + num_rows)
     template = page_environment(Path(__file__).parent).get_template(TEMPLATE)
-    shown = {"crops": crops(config, numbers)} if config.train.task == "decoder" else {"rows": rows(config, numbers)}
+    shown = {"rows": rows(config, numbers)} if config.train.task == "pretrain" else {"crops": crops(config, numbers)}
     page = template.render(
         mark=MARK, config=config, reading=image_reading(config), first=first, **{"rows": [], "crops": [], **shown}
     )
@@ -199,22 +201,35 @@ def _elements(
 
 
 def crops(config: ExperimentConfig, numbers: Sequence[int]) -> list[CropView]:
-    """The decoder's images with these numbers; those that cannot be used are left out."""
-    pipeline = open_image_pipeline(
-        _row_by_row(config.data),
-        image_size=config.decoder.image_size,
-        batch_images=1,
-        random_scale_max=config.decoder.random_scale_max,
-    )
+    """The decoder's images, or clips side by side, with these numbers; those that cannot be used are left out."""
+    data, decoder = _row_by_row(config.data), config.decoder
+    size, scale = decoder.image_size, decoder.random_scale_max
+    pipeline: ImagePipeline
+    if config.train.task == "video_decoder":
+        pipeline = open_clip_pipeline(
+            data, image_size=size, batch_clips=1, timing=timing(config), random_scale_max=scale
+        )
+    else:
+        pipeline = open_image_pipeline(data, image_size=size, batch_images=1, random_scale_max=scale)
     found = []
     for number in numbers:
         batch = pipeline.batch(number)
         if not batch.fields["weight"][0]:
             continue
         height, width, top, left, side, _ = batch.fields["time_ids"][0].tolist()
-        picture = thumbnail(batch.fields["images"][0])
+        image = batch.fields["images"][0]
+        picture = thumbnail(_tiled(image) if image.ndim == 4 else image)
         found.append(CropView(batch.sources[0], picture, f"{width} x {height}", f"{left}, {top}", side))
     return found
+
+
+def _tiled(frames: UInt8[np.ndarray, "T S S 3"]) -> UInt8[np.ndarray, "K K 3"]:
+    """The frames of a clip in reading order on one square, what is left of it black."""
+    count, size = frames.shape[:2]
+    side = math.ceil(count**0.5)
+    tiles = np.concatenate([frames, np.zeros((side**2 - count, *frames.shape[1:]), np.uint8)])
+    rows = tiles.reshape(side, side, size, size, 3).swapaxes(1, 2)
+    return rows.reshape(side * size, side * size, 3)
 
 
 def thumbnail(image: UInt8[np.ndarray, "S S 3"]) -> str:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from data_pipelines.batches import ImageBatch, PackedBatch
+from data_pipelines.clips import Timing, open_clip_pipeline
 from data_pipelines.crops import ImagePipeline, open_image_pipeline
 from data_pipelines.embedding_store import image_settings
 from data_pipelines.pipeline import Pipeline, open_pipeline
@@ -22,6 +23,7 @@ from emu2_jax import hosts
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.diffusion.decoder import DecoderTask
 from emu2_jax.diffusion.vae import stored_latent
+from emu2_jax.diffusion.video import VideoDecoderTask
 from emu2_jax.errors import ConfigError, DataError
 from emu2_jax.fingerprint import fingerprint
 from emu2_jax.models.emu2 import PretrainTask
@@ -160,9 +162,11 @@ def _packed_info(batch: PackedBatch) -> dict[str, float | str]:
 
 
 def _image_info(batch: ImageBatch) -> dict[str, float | str]:
+    images = batch.fields.get("images")
+    frames = images.shape[1] if images is not None and images.ndim == 5 else 1  # of a clip
     return {
         "source": _joined(batch.sources),
-        "images": int(batch.fields["weight"].sum()),
+        "images": int(batch.fields["weight"].sum()) * frames,
         "upscaled_images": batch.num_upscaled,
         "epoch": max(batch.epochs.values()),
     }
@@ -190,6 +194,8 @@ def make_task(config: ExperimentConfig, tokenizer: Tokenizer | None) -> Task:
     """The run's task. Without a tokenizer it is good for shapes alone: the ids of [IMG] and [/IMG] are unknown."""
     if config.train.task == "decoder":
         return DecoderTask(config)
+    if config.train.task == "video_decoder":
+        return VideoDecoderTask(config)
     ids = (tokenizer.image_start_id, tokenizer.image_end_id) if tokenizer else (0, 0)
     return PretrainTask(config, image_start_id=ids[0], image_end_id=ids[1])
 
@@ -202,8 +208,8 @@ def open_input(
 ) -> TrainingInput:
     """Open (and, the first time, index) every shard of the run. Raises `DataError` before anything compiles.
 
-    Only the decoder task does without a tokenizer. For `allowed_changes` see `TrainingInput`; `shares` are the rows of
-    each batch that are read here.
+    The decoder tasks do without a tokenizer. For `allowed_changes` see `TrainingInput`; `shares` are the rows of each
+    batch that are read here.
     """
     pipeline: Pipeline | ImagePipeline | StreamPipeline
     streams = any(is_stream(source.shards) for source in config.data.sources if source.weight > 0)
@@ -216,6 +222,16 @@ def open_input(
             hosts=shares.count,
             host=shares.mine,
             store_settings=store_settings(config),
+        )
+    elif config.train.task == "video_decoder":
+        pipeline = open_clip_pipeline(
+            config.data,
+            image_size=config.decoder.image_size,
+            batch_clips=config.decoder.video.batch_clips,
+            timing=timing(config),
+            random_scale_max=config.decoder.random_scale_max,
+            hosts=shares.count,
+            host=shares.mine,
         )
     else:
         assert tokenizer is not None, "pretraining needs a tokenizer"
@@ -245,6 +261,11 @@ def _only_share(shares: RowShares) -> int:
             "divides the devices of a host"
         )
     return shares.mine[0]
+
+
+def timing(config: ExperimentConfig) -> Timing:
+    """Which frames of a video the video decoder learns to draw, and draws."""
+    return Timing(config.decoder.video.num_frames, config.decoder.video.frames_per_second)
 
 
 def store_settings(config: ExperimentConfig) -> dict[str, str | int | float | bool]:
@@ -277,6 +298,8 @@ def batch_rows(config: ExperimentConfig) -> dict[str, int]:
     """Rows of every global batch that the run will see, by the config path that sets them."""
     if config.train.task == "decoder":
         return {"decoder.batch_images": config.decoder.batch_images}
+    if config.train.task == "video_decoder":
+        return {"decoder.video.batch_clips": config.decoder.video.batch_clips}
     rows = {"data.global_batch_rows": config.data.global_batch_rows}
     if config.data.mixing == "mixed":
         return rows
@@ -302,6 +325,13 @@ def example_shapes(config: ExperimentConfig) -> dict[str, tuple[tuple[int, ...],
                 **fields,
             }
         return {"images": ((count, size, size, 3), np.dtype(np.uint8)), **fields}
+    if config.train.task == "video_decoder":
+        size, video = config.decoder.image_size, config.decoder.video
+        return {
+            "images": ((video.batch_clips, video.num_frames, size, size, 3), np.dtype(np.uint8)),
+            "time_ids": ((video.batch_clips, 6), np.dtype(np.int32)),
+            "weight": ((video.batch_clips,), np.dtype(np.float32)),
+        }
     shape = _row_shape(config, config.data.image_slots, embedded=_all_embedded(config))
     return _packed_shapes(max(batch_rows(config).values()), shape)
 
@@ -309,7 +339,7 @@ def example_shapes(config: ExperimentConfig) -> dict[str, tuple[tuple[int, ...],
 def source_shapes(config: ExperimentConfig) -> dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]]:
     """Shape and dtype of every global batch that the run will see, by source; one, `all`, when sources are mixed."""
     sources = [source for source in config.data.sources if source.weight > 0]
-    if config.train.task == "decoder" or config.data.mixing == "mixed" or not sources:
+    if config.train.task != "pretrain" or config.data.mixing == "mixed" or not sources:
         return {"all": example_shapes(config)}
     shapes = {}
     for source in sources:

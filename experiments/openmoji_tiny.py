@@ -48,6 +48,17 @@ CORPORA: Mapping[str, OpenMojiSettings] = {
         max_count=3,
         vocab_size=1024,
     ),
+    "motion": OpenMojiSettings(  # videos of the emoji of `tiny`: of those that it does not train on, none is shown
+        num_pairs=0,
+        num_interleaved=0,
+        num_videos=4_000,
+        num_storyboards=0,
+        num_grounded=0,
+        num_heldout_scenes=0,
+        num_unseen=0,
+        num_emoji=120,
+        vocab_size=1024,
+    ),
     "minimal": OpenMojiSettings(
         num_pairs=200,
         num_interleaved=40,

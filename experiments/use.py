@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipelines.kinds import VIDEO_SUFFIXES
 from emu2_jax import sharding
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.diffusion import decoder as decoder_lib
@@ -27,9 +28,11 @@ from experiments.contact_sheet import Variant, write_sheet
 from experiments.evaluate import DECODER_STAGE, MODEL_STAGE
 from experiments.inputs import open_tokenizer
 from experiments.prompts import IMAGE_SUFFIXES, LinkReader, NamedPrompt
+from experiments.reconstruct_clips import reconstruct_clips
 from experiments.runs import CONFIG, load_config, load_params, override
 
 SHEET_SUFFIXES = (*sorted(IMAGE_SUFFIXES), ".html")
+VIDEO_STAGE = "video"
 
 
 class Drawing:
@@ -229,12 +232,23 @@ def vary(
 
 
 def reconstruct(run: Path, images: Sequence[Path], out: Path) -> None:
-    """Write one picture: the images above, what the decoder makes of their embeddings below."""
+    """Write one picture: the images above, what the decoder makes of their embeddings below.
+
+    Videos are taken by a video decoder and give an animation (`reconstruct_clips`). `run` is a work directory, or a
+    run that holds several.
+    """
+    videos = [path for path in images if path.suffix.lower().removeprefix(".") in VIDEO_SUFFIXES]
+    stage = run if (run / CONFIG).exists() else run / (VIDEO_STAGE if videos else DECODER_STAGE)
+    config = load_config(stage)
+    if config.train.task == "video_decoder":
+        reconstruct_clips(stage, config, images, out)
+        return
+    if videos:
+        raise UserError(f"{videos[0]}: is a video, and {stage} draws images; give a video decoder's work directory")
     _check_new_picture(out)
-    config = load_config(run / DECODER_STAGE)
     reader = LinkReader(config.decoder.image_size)
     originals = np.stack([reader.image(path) for path in images])
-    params = load_params(run / DECODER_STAGE, config)
+    params = load_params(stage, config)
     redrawn = np.asarray(decoder_lib.autoencode(config, params, jnp.asarray(originals), jax.random.key(0)))
     rows = [np.concatenate(list(row), axis=1) for row in (originals / 255.0, redrawn)]
     Image.fromarray(np.round(np.concatenate(rows, axis=0) * 255).astype(np.uint8)).save(out)

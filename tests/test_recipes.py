@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from emu2_jax import optimizer, overrides, sharding
 from emu2_jax.config import DecoderConfig, ExperimentConfig, UNetConfig, VisionConfig, validate
 from emu2_jax.diffusion.decoder import DecoderTask, init_unet
+from emu2_jax.diffusion.video import VideoDecoderTask
 from emu2_jax.errors import ConfigError
 from emu2_jax.models.emu2 import PretrainTask
 from emu2_jax.task import Task
@@ -29,6 +30,8 @@ PRETRAINING = [name for name in FULL_SIZE if "stage" in name]
 def task_of(config: ExperimentConfig) -> Task:
     if config.train.task == "decoder":
         return DecoderTask(config)
+    if config.train.task == "video_decoder":
+        return VideoDecoderTask(config)
     return PretrainTask(config, image_start_id=32001, image_end_id=32002)
 
 
@@ -101,6 +104,27 @@ def test_the_u_net_has_sdxls_parameters() -> None:
     assert size(shapes_of("emu2_37b_decoder")["unet"]) == expected == 2_525_520_644
 
 
+def test_the_video_decoder_is_stable_diffusions_u_net_with_layers_of_time() -> None:
+    # 865,910,724 parameters in Stable Diffusion 2.1, whose cross-attention reads 1024 channels and not 1792: keys and
+    # values of the transformers of the way down, the bottom and the way up, a layer each.
+    shapes = shapes_of("emu2_37b_video_decoder")
+    key_and_value_outputs = 2 * (320 * (2 + 3) + 640 * (2 + 3) + 1280 * (2 + 1 + 3))
+    assert size(shapes["unet"]) == 865_910_724 + (1792 - 1024) * key_and_value_outputs
+
+    def convolution(channels: int) -> int:
+        return 3 * channels * channels + channels
+
+    def attention(channels: int) -> int:
+        return 4 * channels * channels + channels
+
+    # Two convolutions in each residual block: 2 a level on the way down, 2 at the bottom, 3 a level on the way up.
+    blocks = 2 * (5 * convolution(320) + 5 * convolution(640) + (5 + 5 + 2) * convolution(1280))
+    scales = sum(map(convolution, (320, 640, 1280))) + sum(map(convolution, (1280, 1280, 640)))
+    ends = convolution(320) + convolution(4)
+    attentions = 5 * attention(320) + 5 * attention(640) + 6 * attention(1280)
+    assert size(shapes["temporal"]) == blocks + scales + ends + attentions == 200_762_612
+
+
 @pytest.mark.parametrize(
     ("name", "frozen"),
     [
@@ -108,6 +132,7 @@ def test_the_u_net_has_sdxls_parameters() -> None:
         ("emu2_37b_stage1b", {"project_down"}),
         ("emu2_37b_stage2", {"visual_encoder"}),
         ("emu2_37b_decoder", {"visual_encoder", "vae"}),
+        ("emu2_37b_video_decoder", {"visual_encoder", "vae"}),
     ],
 )
 def test_what_trains_and_what_is_frozen(name: str, frozen: set[str]) -> None:

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines.corpora.openmoji_drawings import GROUPS, Emoji, catalogue
-from data_pipelines.corpora.openmoji_motion import FRAMES_PER_SECOND, draw, random_clip, random_storyboard
+from data_pipelines.corpora.openmoji_motion import FRAMES_PER_SECOND, Clip, draw, random_clip, random_storyboard
 from data_pipelines.corpora.openmoji_scenes import LAYOUTS, Scene, describe, random_scene, render
 from data_pipelines.corpora.openmoji_splits import HeldOutRules, split_emoji
 from data_pipelines.corpora.openmoji_stories import random_story
@@ -353,6 +353,31 @@ def _video(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
         "scenes": [scene.to_json() for scene in clip.frames],
     }
     return {"mp4": draw(clip.frames), "txt": clip.caption.encode(), "json": _json(facts)}
+
+
+def heldout_clips(settings: OpenMojiSettings, num: int, *, unseen: bool) -> list[Clip]:
+    """Clips that no corpus of these settings trains on: of emoji never shown, or with a pair or place held out."""
+    seen, never_seen, rules = _split(settings)
+    clips = []
+    for index in range(num):
+        rng = random.Random(f"{settings.seed}/heldout clips/{unseen}/{index}")
+        while True:
+            clip = random_clip(never_seen if unseen else seen, image_size=settings.image_size, rng=rng)
+            if unseen or rules.holds_out_any(clip.frames):
+                break
+        clips.append(clip)
+    return clips
+
+
+def settings_of(directory: str | Path) -> OpenMojiSettings:
+    """The settings that the corpus in `directory` was built with. Raises `DataError` when there is none."""
+    path = Path(directory) / "corpus.json"
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+        return OpenMojiSettings(**values)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path}: tells of no OpenMoji corpus that this program builds ({error})") from error
 
 
 def _grounded(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:

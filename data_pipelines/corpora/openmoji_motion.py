@@ -106,7 +106,9 @@ def _clip_caption(
     return rng.choice((f"{what}, on {where}", f"on {where}: {what}", f"a video of {where}: {what}"))
 
 
-def encode_mp4(pictures: Sequence[UInt8[np.ndarray, "S S 3"]], frames_per_second: int = FRAMES_PER_SECOND) -> bytes:
+def encode_mp4(
+    pictures: Sequence[UInt8[np.ndarray, "S S 3"]], frames_per_second: int | fractions.Fraction = FRAMES_PER_SECOND
+) -> bytes:
     """The pictures as an mp4 file (H.264); equal pictures give equal bytes with the same version of PyAV."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:

@@ -7,7 +7,7 @@ drawn. Source: paper section 2.3; sampling as in the release's `diffusion.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 
@@ -30,6 +30,9 @@ from emu2_jax.task import Batch, Losses, Params, Term
 #: The noise loss is also logged by this many equal ranges of timesteps.
 NUM_NOISE_LEVELS = 4
 
+#: Makes the network that denoises from settings, all parameters and the dtype of its products.
+Network = Callable[[DecoderConfig, Params, str], UNet]
+
 
 class DecoderTask:
     """Noise prediction on frozen visual embeddings (`task.Task`). One term: `noise`.
@@ -45,6 +48,10 @@ class DecoderTask:
         self.model = config.model
         self.decoder = config.decoder
         self.coefficients: Mapping[str, float] = {"noise": 1.0}
+        self.network: Network = image_network
+        self.frames = (
+            1  #: neighbouring images of a batch that have one timestep, and keep or lose the condition together
+        )
 
     rows_are_independent = False  # the draws of a batch come from one key
 
@@ -67,10 +74,11 @@ class DecoderTask:
         """Squared error of the prediction at one random timestep per image, averaged over the latent."""
         timestep_key, noise_key, dropout_key = jax.random.split(key, 3)
         clean = self.latents(params, batch, jax.random.fold_in(key, 3))
-        timesteps = jax.random.randint(timestep_key, clean.shape[:1], 0, self.decoder.num_train_timesteps)
+        draws = (len(clean) // self.frames,)
+        timesteps = jax.random.randint(timestep_key, draws, 0, self.decoder.num_train_timesteps).repeat(self.frames)
         alpha_bar = jnp.asarray(alpha_bars(self.decoder), jnp.float32)[timesteps]
         noise = draw_noise(noise_key, clean.shape, self.decoder.noise_offset)
-        predicted = merge_unet(self.decoder, params["unet"], self.model.compute_dtype)(
+        predicted = self.network(self.decoder, params, self.model.compute_dtype)(
             schedule.add_noise(clean, noise, alpha_bar),
             timesteps,
             self.condition(params, batch, dropout_key),
@@ -106,7 +114,8 @@ class DecoderTask:
         if not self.decoder.condition_dropout:
             return embeddings
         null = null_embeddings(self.model, params["visual_encoder"])
-        dropped = jax.random.bernoulli(key, self.decoder.condition_dropout, embeddings.shape[:1])
+        draws = (len(embeddings) // self.frames,)
+        dropped = jax.random.bernoulli(key, self.decoder.condition_dropout, draws).repeat(self.frames)
         return jnp.where(dropped[:, None, None], null, embeddings)
 
     def _by_noise_level(
@@ -122,15 +131,15 @@ class DecoderTask:
 
     def model_flops(self, batch_shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Model FLOPs of one step (`task.Task.model_flops`): U-Net forward and backward, frozen encoders forward."""
-        count, size = batch_shapes["weight"][0], self.decoder.image_size
+        count, size = batch_shapes["weight"][0] * self.frames, self.decoder.image_size
         model = dataclasses.replace(self.model, remat="none")
         params = jax.eval_shape(self.init, jax.random.key(0))
         side = size // self.decoder.latent_factor
         unet = count_flops(
-            lambda unet, x, t, embeddings, time_ids: merge_unet(self.decoder, unet, "float32")(
+            lambda params, x, t, embeddings, time_ids: self.network(self.decoder, params, "float32")(
                 x, t, embeddings, time_ids
             ),
-            params["unet"],
+            params,
             jax.ShapeDtypeStruct((count, side, side, latent_channels(self.decoder)), jnp.float32),
             jax.ShapeDtypeStruct((count,), jnp.int32),
             jax.ShapeDtypeStruct((count, model.num_visual_tokens, model.vision.width), jnp.float32),
@@ -173,6 +182,11 @@ def check_decoder(config: ExperimentConfig) -> None:
 def init_unet(config: DecoderConfig, key: PRNGKeyArray) -> Params:
     """Random parameters of the U-Net, float32, as nested dicts."""
     return nnx.to_pure_dict(nnx.state(_build_unet(config, "float32", nnx.Rngs(params=key)), nnx.Param))
+
+
+def image_network(config: DecoderConfig, params: Params, compute_dtype: str) -> UNet:
+    """The U-Net alone: every image of a batch by itself (`Network`)."""
+    return merge_unet(config, params["unet"], compute_dtype)
 
 
 def merge_unet(config: DecoderConfig, unet_params: Params, compute_dtype: str) -> UNet:
@@ -232,8 +246,9 @@ def sample(
     *,
     guidance_scale: float | None = None,
     num_steps: int | None = None,
+    network: Network = image_network,
 ) -> Float[Array, "B S S 3"]:
-    """Draw one image in [0, 1], float32, for each set of visual embeddings; reads `params["unet"]` and a VAE's.
+    """Draw one image in [0, 1], float32, for each set of visual embeddings, by `network` and the codec.
 
     `null` is the condition to steer away from: `null_embeddings` for autoencoding, the embeddings generated for an
     empty prompt for generation; it is not read when `guidance_scale` is 1. Scale and steps default to
@@ -246,7 +261,8 @@ def sample(
         config.model.compute_dtype,
         config.decoder.num_sampling_steps if num_steps is None else num_steps,
         scale != 1.0,
-        {part: params[part] for part in ("unet", "vae") if part in params},
+        network,
+        {part: params[part] for part in ("unet", "temporal", "vae") if part in params},
         embeddings,
         jnp.broadcast_to(null, embeddings.shape),
         key,
@@ -263,12 +279,13 @@ def check_finite(**finite: Bool[Array, ""]) -> None:
             raise NotFiniteError(f"{network}: gave numbers that are not finite, from parameters or inputs that are not")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _sample(
     config: DecoderConfig,
     compute_dtype: str,
     num_steps: int,
     guided_by_null: bool,
+    network: Network,
     params: Params,
     embeddings: Float[Array, "B N D"],
     null: Float[Array, "B N D"],
@@ -276,7 +293,7 @@ def _sample(
     guidance_scale: Float[Array, ""],
 ) -> tuple[Float[Array, "B S S 3"], Bool[Array, ""], Bool[Array, ""]]:
     codec = open_codec(config, params)
-    unet = merge_unet(config, params["unet"], compute_dtype)
+    unet = network(config, params, compute_dtype)
     steps = schedule.euler_steps(
         alpha_bars(config), num_steps, config.timestep_spacing, steps_offset=config.steps_offset
     )
@@ -300,12 +317,13 @@ def autoencode(
     num_steps: int | None = None,
 ) -> Float[Array, "B S S 3"]:
     """Encode images and draw them again from their embeddings alone; images in [0, 1], float32."""
-    embeddings, null = _encode(config.model, params["visual_encoder"], images)
+    embeddings, null = encode(config.model, params["visual_encoder"], images)
     return sample(config, params, embeddings, null, key, guidance_scale=guidance_scale, num_steps=num_steps)
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(
+def encode(
     config: ModelConfig, visual_encoder_params: Params, images: UInt8[Array, "B S S 3"]
 ) -> tuple[Float[Array, "B N D"], Float[Array, "1 N D"]]:
+    """Embeddings of images, and the null to steer away from."""
     return encode_images(config, visual_encoder_params, images), null_embeddings(config, visual_encoder_params)
