@@ -1,7 +1,7 @@
 """Held-out episodes (examples and a query), read whole and in order for evaluation.
 
 Layout of a sample: `0.png`, `1.png`, ... the pictures in their order; `wrong-0.png`, ... pictures that are not the
-answer where one is asked for; and `json`:
+answer where one is asked for; and `json`, here without what is of those (`num_wrong`) and of formats (`pattern`):
 
     {"task": "names", "examples": [{"pictures": [0], "text": "wiwa"}, ...], "query": {"pictures": [8], "text": "lumi"}}
 
@@ -45,6 +45,7 @@ class Episode:
     examples: tuple[Example, ...]
     query: Example
     wrong: tuple[Image, ...]  # pictures that are not the answer, where a picture is asked for
+    pattern: str | None  # regular expression of answers in the right notation, of formats
 
 
 def read_episodes(
@@ -93,4 +94,4 @@ def _episode(
 
     wrong = (decode_image(parts[f"wrong-{i}.png"], image_size, rules) for i in range(facts.get("num_wrong", 0)))
     examples = tuple(map(example, facts["examples"]))
-    return Episode(key, str(facts["task"]), examples, example(facts["query"]), tuple(wrong))
+    return Episode(key, str(facts["task"]), examples, example(facts["query"]), tuple(wrong), facts.get("pattern"))

@@ -453,7 +453,13 @@ def _episode_parts(episode: Episode) -> Parts:
         examples.append({"pictures": list(range(first, number)), "text": example.text})
     for i, shown in enumerate(episode.wrong):
         parts[f"wrong-{i}.png"] = _png(shown.draw())
-    facts = {"task": episode.task, "examples": examples[:-1], "query": examples[-1], "num_wrong": len(episode.wrong)}
+    facts = {
+        "task": episode.task,
+        "examples": examples[:-1],
+        "query": examples[-1],
+        "num_wrong": len(episode.wrong),
+        "pattern": episode.pattern,
+    }
     return {**parts, "json": _json(facts)}
 
 

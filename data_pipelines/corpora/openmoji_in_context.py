@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -94,6 +95,7 @@ class Episode:
     examples: tuple[Example, ...]
     query: Example
     wrong: tuple[Shown, ...] = ()  #: where a picture is asked for: `NUM_WRONG` that are not the answer, each nearly
+    pattern: str | None = None  #: of formats: what any text in the right notation matches as a whole
 
     @property
     def all_examples(self) -> tuple[Example, ...]:
@@ -127,6 +129,16 @@ class Notation:
         """The things with their counts in this notation."""
         items = ((str(count), name) if self.count_first else (name, str(count)) for name, count in things)
         return self.opening + self.separator.join(self.between.join(item) for item in items) + self.closing
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression of everything that is written in this notation, whatever the names and counts."""
+        name, count = (
+            r"(?:\d(?:st|nd|rd) )?[^\W\d_][^\W\d_ -]*(?:[ -][^\W\d_ -]+)*",
+            r"\d",
+        )  # "1st place medal", "yo-yo"
+        item = re.escape(self.between).join((count, name) if self.count_first else (name, count))
+        return f"{re.escape(self.opening)}{item}({re.escape(self.separator)}{item})*{re.escape(self.closing)}"
 
 
 _BRACKETS = (("[", "]"), ("(", ")"), ("{", "}"), ("<", ">"), ("", ""))
@@ -230,7 +242,7 @@ class Episodes:
             scene = random_scene(emoji, image_size=self._size, max_count=3, rng=rng)
             things = [(thing.emoji.name, thing.count) for thing in scene.objects]
             examples.append(Example((Shown(scene),), notation.write(things)))
-        return _episode("formats", examples)
+        return dataclasses.replace(_episode("formats", examples), pattern=notation.pattern)
 
     def _counting(self, num_examples: int, rng: random.Random) -> Episode:
         numerals = rng.choice(_NUMERALS)

@@ -1,9 +1,10 @@
-"""Episodes: the answers are right, held-out things stay out of training, and nothing but the context says the answer."""
+"""Episodes: answers are right, held-out things stay out of training, and only the context says the answer."""
 
 from __future__ import annotations
 
 import collections
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,17 @@ def test_held_out_names_and_notations_share_nothing_with_those_of_training() -> 
     apple_and_cat = Notation("[", "].", ": ", ", ", count_first=False)
     assert apple_and_cat.write([("apple", 2), ("cat", 1)]) == "[apple: 2, cat: 1]."
     assert notation_is_held_out(apple_and_cat)
+    assert re.fullmatch(apple_and_cat.pattern, "[red apple: 2, cat: 1].")
+    assert not re.fullmatch(apple_and_cat.pattern, "[red apple: 2; cat: 1].")
+    assert not re.fullmatch(apple_and_cat.pattern, "[2: red apple].")
+
+
+def test_an_answer_in_formats_is_in_its_notation_and_in_no_other() -> None:
+    drawn = draw("formats", "heldout")
+    for episode in drawn:
+        assert all(re.fullmatch(episode.pattern or "", one.text) for one in episode.all_examples)
+    others = [re.fullmatch(drawn[i - 1].pattern or "", episode.query.text) for i, episode in enumerate(drawn)]
+    assert sum(other is not None for other in others) < 5
 
 
 def test_the_answers_are_true() -> None:
