@@ -328,6 +328,7 @@ def test_story_events_say_what_changed() -> None:
 def test_counts_and_keys(corpus: Path) -> None:
     info = json.loads((corpus / "corpus.json").read_text())
     training = {"pairs": 240, "interleaved": 60, "text": 50, "videos": 20, "storyboards": 15, "grounded": 40}
+    training |= {"episodes": 60}
     kinds = training | {"scenes": 60, "unseen": 20}
     assert info["samples"] == kinds
     keys = [key for kind in kinds for key, _ in samples(corpus, kind)]
