@@ -284,6 +284,9 @@ class EvaluationConfig:
     num_samples: int = 256  #: pairs that are scored, from the front of each
     num_pictures: int = 8  #: pairs that are also drawn into the report
     max_text_tokens: int = 48  #: longest generated caption, tokens
+    in_context: str = ""  #: shards of held-out episodes, of `emu2 evaluate --suite in_context`
+    shots: tuple[int, ...] = (0, 1, 2, 4, 8)  #: examples in the prompt
+    episodes_per_task: int = 128  #: from the front of the shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +339,11 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _require_positive(config.checkpoint, "checkpoint", "every_steps")
     _require(config.checkpoint.keep is None or config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")
     _require(config.evaluation.num_samples >= 2, "evaluation.num_samples", "must be at least 2")
-    _require_positive(config.evaluation, "evaluation", "num_pictures", "max_text_tokens")
+    _require_positive(config.evaluation, "evaluation", "num_pictures", "max_text_tokens", "episodes_per_task")
+    shots = config.evaluation.shots
+    _require(
+        bool(shots) and min(shots) >= 0, "evaluation.shots", "must be numbers of examples, 0 or more, at least one"
+    )
     block = config.objective.vocab_block_positions
     _require(block is None or block >= 1, "objective.vocab_block_positions", "must be at least 1; None = all at once")
     _validate_optimizer(config)

@@ -185,6 +185,13 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="run directory: holds stage2/ and decoder/, gets evaluation/; or a video decoder's work directory",
     )
+    evaluate.add_argument(
+        "--suite",
+        choices=["heldout", "in_context"],
+        default="heldout",
+        help="captions and pictures of held-out pairs, or few-shot accuracy on held-out episodes (heldout)",
+    )
+    evaluate.add_argument("--gin_file", type=Path, action="append", default=[], metavar="FILE", help="override file")
 
     generate = add("generate", _generate, "continue prompts of texts, images, videos and boxes")
     generate.epilog = GENERATE_EPILOG
@@ -311,7 +318,7 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     openmoji = add("openmoji", _openmoji, "build the embedded corpus (docs/corpora.md)")
     openmoji.add_argument("--out", type=Path, required=True, help="directory to make")
     openmoji.add_argument(
-        "--preset", choices=["tiny", "motion", "minimal", "full"], default="full", help="how much of it (full)"
+        "--preset", choices=["tiny", "small", "motion", "minimal", "full"], default="full", help="how much of it (full)"
     )
 
     index = add("index", _data_index, "build the indexes of shards, so that a run begins at once")
@@ -515,6 +522,9 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
     from experiments.evaluate import evaluate_run
     from experiments.evaluate_clips import evaluate_clips, is_video_decoder
 
+    if arguments.suite == "in_context":
+        _evaluate_in_context(arguments, rest)
+        return
     if is_video_decoder(arguments.run):
         for split, rows in evaluate_clips(arguments.run).items():
             for who, row in rows.items():
@@ -522,6 +532,27 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
         return
     for name, value in evaluate_run(arguments.run).items():
         print(f"{name:<32} {value:.4f}")
+
+
+def _evaluate_in_context(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from experiments.evaluate import model_workdir
+    from experiments.in_context import evaluate_in_context
+    from experiments.runs import load_config, override
+
+    workdir = model_workdir(arguments.run)
+    config = override(load_config(workdir), arguments.gin_file, rest)
+    result = evaluate_in_context(config, workdir, arguments.run)
+    shots = result["shots"]
+    print(f"{'accuracy, %':<18} {'prompt':<10}" + "".join(f"{f'{count} shots':>20}" for count in shots))
+    for task, by_condition in result["tasks"].items():
+        for condition, cells in by_condition.items():
+            row = (cells.get(str(count)) for count in shots)
+            shown = (
+                "-" if cell is None else f"{cell['accuracy']:.1%} [{cell['low']:.0%}, {cell['high']:.0%}]"
+                for cell in row
+            )
+            print(f"{task:<18} {condition:<10}" + "".join(f"{cell:>20}" for cell in shown))
+    print(f"{arguments.run}/evaluation/in_context.html has the curves and episodes to read")
 
 
 def _generate(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -20,11 +20,19 @@ from emu2_jax.evaluation import heldout
 from emu2_jax.evaluation.heldout import Drawing, Pair, Reading
 from emu2_jax.generation.generator import Generator
 from experiments.inputs import open_tokenizer
-from experiments.runs import load_config, load_params
+from experiments.runs import CONFIG, load_config, load_params
 
 MODEL_STAGE = "stage2"
 DECODER_STAGE = "decoder"
 FOLDER = "evaluation"
+
+
+def model_workdir(run: Path) -> Path:
+    """The work directory of the model: `run` itself, or the last of its stages that trains Emu2."""
+    if (run / CONFIG).exists():
+        return run
+    stages = (run / stage for stage in (MODEL_STAGE, "stage1"))
+    return next((stage for stage in stages if (stage / CONFIG).exists()), run / MODEL_STAGE)
 
 
 def evaluate_run(run: Path) -> dict[str, float]:

@@ -32,7 +32,8 @@ from emu2_jax.config import (
     VisionConfig,
 )
 
-#: Sizes of the embedded corpus. `tiny` is what these recipes train on, `minimal` is enough to see that it all runs.
+#: Sizes of the embedded corpus. `tiny` is what these recipes train on, `small` what
+#: openmoji_small.py does, `minimal` is enough to see that it all runs.
 CORPORA: Mapping[str, OpenMojiSettings] = {
     "full": OpenMojiSettings(),
     "tiny": OpenMojiSettings(
@@ -41,6 +42,8 @@ CORPORA: Mapping[str, OpenMojiSettings] = {
         num_videos=0,  # what these recipes do not train on is not built for them
         num_storyboards=0,
         num_grounded=0,
+        num_episodes=0,
+        num_questions=0,
         num_heldout_scenes=256,
         num_unseen=128,
         num_emoji=120,
@@ -57,6 +60,23 @@ CORPORA: Mapping[str, OpenMojiSettings] = {
         num_heldout_scenes=0,
         num_unseen=0,
         num_emoji=120,
+        num_episodes=0,
+        num_questions=0,
+        vocab_size=1024,
+    ),
+    "small": OpenMojiSettings(
+        num_pairs=12_000,
+        num_interleaved=0,
+        num_videos=0,
+        num_storyboards=0,
+        num_grounded=0,
+        num_text=0,
+        num_episodes=16_000,
+        num_heldout_scenes=256,
+        num_unseen=128,
+        num_questions=6 * 256,
+        max_objects=2,
+        max_count=3,
         vocab_size=1024,
     ),
     "minimal": OpenMojiSettings(
@@ -66,6 +86,8 @@ CORPORA: Mapping[str, OpenMojiSettings] = {
         num_videos=0,  # what these recipes do not train on is not built for them
         num_storyboards=0,
         num_grounded=0,
+        num_episodes=0,
+        num_questions=0,
         num_heldout_scenes=16,
         num_unseen=8,
         num_emoji=40,

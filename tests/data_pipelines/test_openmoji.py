@@ -53,6 +53,8 @@ SETTINGS = OpenMojiSettings(
     num_videos=20,
     num_storyboards=15,
     num_grounded=40,
+    num_episodes=60,
+    num_questions=0,
     num_heldout_scenes=60,
     num_unseen=20,
     num_emoji=40,
@@ -326,6 +328,7 @@ def test_story_events_say_what_changed() -> None:
 def test_counts_and_keys(corpus: Path) -> None:
     info = json.loads((corpus / "corpus.json").read_text())
     training = {"pairs": 240, "interleaved": 60, "text": 50, "videos": 20, "storyboards": 15, "grounded": 40}
+    training |= {"episodes": 60}
     kinds = training | {"scenes": 60, "unseen": 20}
     assert info["samples"] == kinds
     keys = [key for kind in kinds for key, _ in samples(corpus, kind)]
@@ -539,7 +542,13 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_killed_build_starts_anew(tmp_path: Path) -> None:
-    none: dict[str, Any] = {"num_videos": 0, "num_storyboards": 0, "num_grounded": 0}
+    none: dict[str, Any] = {
+        "num_videos": 0,
+        "num_storyboards": 0,
+        "num_grounded": 0,
+        "num_episodes": 0,
+        "num_questions": 0,
+    }
     few: dict[str, Any] = {"num_pairs": 100, "num_interleaved": 20, "num_heldout_scenes": 4, "num_unseen": 2}
     small = dataclasses.replace(SETTINGS, **none, **few)
 
@@ -565,6 +574,7 @@ def test_killed_build_starts_anew(tmp_path: Path) -> None:
         ("num_emoji", 100_000),
         ("num_pairs", -1),
         ("num_videos", -1),
+        ("num_questions", 6),
         ("num_text", 1_000_000),
         ("unseen_share", 0.0),
         ("max_objects", 5),
