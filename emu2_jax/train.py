@@ -6,6 +6,7 @@ checkpoint. State and input position are saved together, so a run that was kille
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import time
@@ -30,7 +31,8 @@ from emu2_jax.metrics import MetricWriter
 from emu2_jax.models.eva_vit import resize_position_embedding
 from emu2_jax.task import Batch, Losses, Params, Task, Term
 
-State = dict[str, Any]  # {"step", "params", "opt_state", "rng"}, a tree of arrays
+#: {"step", "params", "opt_state", "rng"}, a tree of arrays; with optimizer.ema_decay also "ema", of the trained parts.
+State = dict[str, Any]
 
 
 class HostBatch(NamedTuple):
@@ -85,6 +87,11 @@ def make_step(
         params = {**optax.apply_updates(trained, updates), **frozen}
         log = {"terms": dict(out.terms), "metrics": dict(out.metrics), "grad_norm": optax.tree.norm(grads)}
         new_state = {"step": state["step"] + 1, "params": params, "opt_state": opt_state, "rng": state["rng"]}
+        if config.optimizer.ema_decay is not None:
+            new = {part: params[part] for part in trained}
+            new_state["ema"] = optimizer_lib.moving_average(
+                config.optimizer.ema_decay, state["ema"], new, state["step"]
+            )
         return new_state, log
 
     return step
@@ -137,12 +144,13 @@ def build_program(task: Task, config: ExperimentConfig, devices: list[jax.Device
         params = dict(task.init(jax.random.fold_in(key, 0)))
         trained, frozen = optimizer_lib.split_frozen(config.optimizer, params)
         frozen = optimizer_lib.cast_frozen(config.model.frozen_dtype, frozen)
-        return {
+        state = {
             "step": jnp.zeros((), jnp.int32),
             "params": {**trained, **frozen},
             "opt_state": optimizer.init(trained),
             "rng": jax.random.key_data(jax.random.fold_in(key, 1)),
         }
+        return state if config.optimizer.ema_decay is None else {**state, "ema": jax.tree.map(jnp.copy, trained)}
 
     shapes = jax.eval_shape(init)
     trained = optimizer_lib.split_frozen(config.optimizer, shapes["params"])[0]
@@ -152,6 +160,8 @@ def build_program(task: Task, config: ExperimentConfig, devices: list[jax.Device
         "opt_state": sharding.optimizer_shardings(optimizer, shapes["opt_state"], trained, mesh),
         "rng": sharding.replicated(mesh),
     }
+    if "ema" in shapes:
+        shardings["ema"] = {part: shardings["params"][part] for part in trained}
     abstract = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
     step = jax.jit(
         make_step(task, config, optimizer),
@@ -172,6 +182,8 @@ def initial_state(program: Program, config: ExperimentConfig, say: Callable[[str
         raise CheckpointError(f"train.init_from: {workdir} holds none of the parts {sorted(state['params'])}")
     wanted = {part: program.abstract_state["params"][part] for part in parts}
     state["params"] = {**state["params"], **load_parts(workdir, wanted, fit_parameter)}
+    if "ema" in state:  # a copy: both are donated to the first step
+        state["ema"] = {part: jax.tree.map(jnp.copy, state["params"][part]) for part in state["ema"]}
     fresh = sorted(set(state["params"]) - parts)
     say(f"took {', '.join(sorted(parts))} from {workdir}; " + (f"new: {', '.join(fresh)}" if fresh else "nothing new"))
     return state
@@ -194,16 +206,20 @@ def train(
     operative_config: str,
     say: Callable[[str], None],
     inspect: Callable[[Params], None] = lambda params: None,
+    preview: Callable[[int, Params], Mapping[str, float]] | None = None,
 ) -> Params:
     """Train to `train.num_steps`, from the newest checkpoint of `workdir` if there is one. Returns the parameters.
 
     `program` is what `build_program` made of task and config. Raises `Diverged` when a loss is not finite, and
-    `Stopped` after SIGTERM or Ctrl-C, with the state saved. `inspect` is shown the parameters before the first step.
+    `Stopped` after SIGTERM or Ctrl-C, with the state saved. `inspect` is shown the parameters before the first step,
+    `preview` those that an evaluation would read every `evaluation.preview_every_steps`; what it gives is logged.
     """
     checkpointer = Checkpointer(workdir, config.checkpoint, say)
     try:
         with StopSignal() as stop:
-            return _train(config, program, task, data, workdir, checkpointer, stop, operative_config, say, inspect)
+            return _train(
+                config, program, task, data, workdir, checkpointer, stop, operative_config, say, inspect, preview
+            )
     finally:
         checkpointer.close()
 
@@ -219,6 +235,7 @@ def _train(
     operative_config: str,
     say: Callable[[str], None],
     inspect: Callable[[Params], None],
+    preview: Callable[[int, Params], Mapping[str, float]] | None,
 ) -> Params:
     num_steps = config.train.num_steps
     restored = checkpointer.restore(program.abstract_state)
@@ -244,6 +261,8 @@ def _train(
             waited = time.perf_counter() - began
             state, log = program.step(state, place(batch.arrays))
             monitor.push(step, log, batch, waited)
+            if preview is not None and step % (config.evaluation.preview_every_steps or num_steps) == 0:
+                monitor.preview(functools.partial(preview, step, handed_on(state)))
             if step == num_steps or stop.requested or step % config.checkpoint.every_steps == 0:
                 monitor.flush()  # a state whose losses were not looked at is not saved
                 checkpointer.save(step, state, data.state(), operative_config)
@@ -253,6 +272,11 @@ def _train(
                 raise Stopped(f"stopped by a signal after step {saved}; the same command goes on from there")
     checkpointer.wait()
     return state["params"]
+
+
+def handed_on(state: State) -> Params:
+    """The parameters that evaluation, export and later stages read: the moving average of what has one."""
+    return {**state["params"], **state.get("ema", {})}
 
 
 class BatchPlacer:
@@ -277,6 +301,8 @@ class Monitor:
         self._writer = writer
         self._last_checkpoint = last_checkpoint
         self._pending: tuple[int, dict[str, Any], HostBatch] | None = None
+        self._previewed: dict[str, float] = {}  # to be logged with the pending step
+        self._preview_s = 0.0  # that is no part of a step
         self._waits_s: list[float] = []  # of the steps since the last line, so that no stall falls between two lines
         self._schedule = optimizer_lib.relative_schedule(config.optimizer, config.train.num_steps)
         self._last_time = time.perf_counter()
@@ -288,6 +314,14 @@ class Monitor:
         self._pending = (step, log, batch)
         self._waits_s.append(waited_s)
 
+    def preview(self, draw: Callable[[], Mapping[str, float]]) -> None:
+        """Draw previews after the pending step; their numbers go into its line, or the next that is logged."""
+        if self._pending is not None:
+            jax.block_until_ready(self._pending[1])
+        began = time.perf_counter()
+        self._previewed |= draw()
+        self._preview_s += time.perf_counter() - began
+
     def flush(self) -> None:
         """Wait for the pending step, check it and log it."""
         if self._pending is None:
@@ -297,7 +331,8 @@ class Monitor:
         values = self._values(jax.device_get(log))
         self._check_finite(step, values)
         now = time.perf_counter()
-        step_s, self._last_time = now - self._last_time, now
+        step_s, self._last_time = now - self._last_time - self._preview_s, now
+        self._preview_s = 0.0
         rates = {
             f"{name}_per_s": float(batch.info[name]) / step_s for name in ("tokens", "images") if name in batch.info
         }
@@ -310,7 +345,8 @@ class Monitor:
                 "data_wait_max_s": max(self._waits_s),
                 "model_tflops_per_s": self._flops(batch) / step_s / 1e12,
             }
-            self._writer.write(step, {**values, **rates, **batch.info})
+            self._writer.write(step, {**values, **self._previewed, **rates, **batch.info})
+            self._previewed.clear()
             self._waits_s.clear()
 
     def _flops(self, batch: HostBatch) -> int:

@@ -111,10 +111,10 @@ def encode_crops(config: ExperimentConfig, workdir: Path, source: str, out: Path
     """
     if config.train.task != "decoder":
         raise ConfigError(f"--crops: {config.name} trains no visual decoder; leave it out for pretraining")
-    if config.decoder.latent != "space_to_depth":
+    if config.decoder.latent == "autoencoder_kl":
         raise ConfigError(
-            f"decoder.latent: got {config.decoder.latent!r}; --crops stores latents of 'space_to_depth' "
-            "alone, those of a VAE are worked out in training"
+            "decoder.latent: got 'autoencoder_kl'; --crops stores latents of 'space_to_depth' and 'cosines', those of "
+            "a VAE are worked out in training"
         )
     own = [one for one in config.data.sources if one.name == source and one.kind == "image_text"]
     if not own:

@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.errors import ConfigError
-from experiments import decoder, openmoji_tiny, pretrain
+from experiments import decoder, openmoji_64, openmoji_tiny, pretrain
 
 RECIPES: Mapping[str, Callable[[], ExperimentConfig]] = {
     "openmoji_tiny_stage1": openmoji_tiny.stage1,
     "openmoji_tiny_stage2": openmoji_tiny.stage2,
     "openmoji_tiny_decoder": openmoji_tiny.decoder,
+    "openmoji_64_stage1": openmoji_64.stage1,
+    "openmoji_64_decoder": openmoji_64.decoder,
     "emu2_37b_stage1a": pretrain.stage1a,
     "emu2_37b_stage1b": pretrain.stage1b,
     "emu2_37b_stage2": pretrain.stage2,
     "emu2_37b_decoder": decoder.decoder,
+    "emu2_37b_decoder_512": decoder.decoder_512,
 }
 
 Sweep = Callable[[], Iterator[tuple[str, dict[str, str]]]]

@@ -19,6 +19,7 @@ from emu2_jax.task import Params
 from emu2_jax.train import build_program, train
 from experiments import recipes
 from experiments.inputs import batch_rows, make_task, open_input, open_tokenizer
+from experiments.previews import open_previews
 
 CONFIG = "config.gin"
 LOCK = "train.lock"
@@ -63,10 +64,21 @@ def run_training(
     program = build_program(task, config)
     for source, counts in data.summary.items():
         print(f"{source}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
+    preview = open_previews(config, workdir)
     text = overrides.dump(config, provenance)
     with _alone_in(workdir):
         _write_atomically(saved, text)
-        train(config, task, program, data, workdir, operative_config=text, say=print, inspect=data.check_encoder)
+        train(
+            config,
+            task,
+            program,
+            data,
+            workdir,
+            operative_config=text,
+            say=print,
+            inspect=data.check_encoder,
+            preview=preview,
+        )
 
 
 def _say_if_unfinished(stage: Path) -> None:
