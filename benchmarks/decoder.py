@@ -1,40 +1,64 @@
-"""One sampling step of a tiny U-Net, here and by diffusers in PyTorch, on the same processor in one run.
+"""The visual decoder: what a trained one redraws, what stored embeddings save, and a sampling step beside PyTorch's.
 
-    .venv-parity/bin/python -m benchmarks.decoder
+    python -m benchmarks.decoder --run runs/openmoji_64/decoder --cases reconstruct-seen reconstruct-unseen
+    python -m benchmarks.decoder --run runs/openmoji_64/decoder --cases guidance steps embeddings-over-pixels
+    .venv-parity/bin/python -m benchmarks.decoder --cases unet-step
 
-Needs torch and diffusers, which `make test-parity` installs there. The network is `openmoji_tiny_decoder`'s without its
-local cross-attention, which diffusers has not; weights are random. A step is what happens once per timestep: scale the
-latents, run the network on the condition and on the null, guide, take an Euler step. The two take turns. PyTorch is
-timed on all cores and on one, which is quicker on a busy machine, and the better of both counts. JSON lines;
-milliseconds are medians over rounds, `torch_over_ours` is their ratio.
+The first cases read the run that they are given and train nothing: `reconstruct-seen` and `reconstruct-unseen` redraw
+the held-out pictures that its config names (seen emoji in new scenes, and emoji never trained on); `guidance` and
+`steps` do so for other settings of the sampler. `embeddings-over-pixels` takes the same steps from pixels and from
+embeddings and latents that it stores first, in turns.
+
+`unet-step` needs torch and diffusers, which `make test-parity` installs there. The network is `openmoji_tiny_decoder`'s
+without its local cross-attention, which diffusers has not; weights are random. A step is what happens once per
+timestep: scale the latents, run the network on the condition and on the null, guide, take an Euler step. The two take
+turns. PyTorch is timed on all cores and on one, which is quicker on a busy machine, and the better of both counts. JSON
+lines; milliseconds are medians over rounds, `torch_over_ours` is their ratio.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emu2_jax.config import DecoderConfig
+from data_pipelines.shards import expand_shards
+from emu2_jax.config import DecoderConfig, ExperimentConfig
 from emu2_jax.diffusion import schedule
 from emu2_jax.diffusion.decoder import alpha_bars, init_unet, merge_unet
 from emu2_jax.diffusion.sampler import guided
 from emu2_jax.errors import UserError
+from emu2_jax.evaluation.autoencoding import likeness, redraw
+from emu2_jax.train import BatchPlacer, build_program
 from emu2_jax.weights.diffusers_config import scheduler_json, unet_json
 from emu2_jax.weights.diffusers_weights import unet_table
 from emu2_jax.weights.state_dict import to_state_dict
 from experiments import recipes
+from experiments.autoencode import read_images, splits
+from experiments.encode import Part, encode_crops
+from experiments.inputs import make_task, open_input
+from experiments.runs import load_config, load_params
+
+#: Setting of the sampler, and the values that it is tried at, by case.
+ABLATIONS: Mapping[str, tuple[str, Sequence[float]]] = {
+    "guidance": ("guidance_scale", (1.0, 1.5, 2.0, 3.0)),
+    "steps": ("num_sampling_steps", (1, 2, 5, 10, 25, 50)),
+}
+CASES = ("reconstruct-seen", "reconstruct-unseen", *ABLATIONS, "embeddings-over-pixels", "unet-step")
 
 GUIDANCE_SCALE = 3.0
 NUM_STEPS = 50
@@ -134,7 +158,6 @@ def unet_step(images: int, rounds: int) -> dict[str, object]:
     medians = {count: statistics.median(times) for count, times in there.items()}
     best = min(medians, key=medians.__getitem__)
     return {
-        "case": "unet-step",
         "torch_over_ours": medians[best] / statistics.median(here),
         "torch_ms": medians[best],
         "torch_threads": best,
@@ -146,20 +169,118 @@ def unet_step(images: int, rounds: int) -> dict[str, object]:
     }
 
 
+def reconstruct(run: Path, split: str, **sampler: Any) -> dict[str, object]:
+    """Redraw the held-out pictures of a split; `sampler` are settings of the decoder in place of the run's."""
+    config = load_config(run)
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **sampler))
+    params = load_params(run, config)
+    originals = read_images(config, split, splits(config, None)[split])
+    compared = likeness(config.model, params["visual_encoder"], originals, redraw(config, params, originals)).means()
+    return {
+        "psnr_db": compared["psnr_db"],
+        "psnr_mean_db": compared["psnr_mean_db"],
+        "ssim": compared["ssim"],
+        "embedding_cosine": compared["embedding_cosine"],
+        "images": len(originals),
+        "guidance_scale": config.decoder.guidance_scale,
+        "num_sampling_steps": config.decoder.num_sampling_steps,
+    }
+
+
+def embeddings_over_pixels(run: Path, steps: int) -> dict[str, object]:
+    """The run's next steps from pixels and from a store made here, in turns, on the first shard of its source."""
+    config, params = load_config(run), load_params(run, load_config(run))
+    source = next(source for source in config.data.sources if source.kind == "image_text")
+    shard = expand_shards(source.shards, f"data.sources.{source.name}.shards")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        sides = {}
+        for name, embeddings in (("pixels", None), ("stored", str(store))):
+            own = dataclasses.replace(source, shards=str(shard), embeddings=embeddings)
+            sides[name] = dataclasses.replace(
+                config,
+                data=dataclasses.replace(config.data, sources=(own,)),
+                train=dataclasses.replace(config.train, init_from=None),
+            )
+        with contextlib.redirect_stdout(sys.stderr):
+            encode_crops(sides["pixels"], run, source.name, store, epochs=1, batch=64, part=Part())
+        takes = {name: _training(side, params) for name, side in sides.items()}
+        losses: dict[str, list[float]] = {name: [] for name in takes}
+        seconds: dict[str, list[float]] = {name: [] for name in takes}
+        for number in range(steps + 1):
+            for name, take in takes.items():
+                began = time.perf_counter()
+                losses[name].append(take())
+                if number:  # the first step compiles
+                    seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    pixels, stored = np.array(losses["pixels"]), np.array(losses["stored"])
+    return {
+        "speedup": medians["pixels"] / medians["stored"],
+        "max_rel_loss_diff": float(np.abs(stored / pixels - 1).max()),
+        "pixels_s": medians["pixels"],
+        "stored_s": medians["stored"],
+        "steps": steps,
+        "batch_images": config.decoder.batch_images,
+    }
+
+
+def _training(config: ExperimentConfig, params: Any) -> Callable[[], float]:
+    """A function that takes the next training step, data included, and gives its loss."""
+    data = open_input(config, None)
+    task = make_task(config, None)
+    program = build_program(task, config)
+    state = program.init()
+    # A copy, for the step takes over the state's memory.
+    state["params"] = jax.tree.map(
+        lambda array, leaf: jax.device_put(jnp.copy(array), leaf.sharding), params, dict(state["params"])
+    )
+    place, batches = BatchPlacer(program.mesh), data.iterate(0)
+
+    def take() -> float:
+        nonlocal state
+        state, log = program.step(state, place(next(batches).arrays))
+        term = log["terms"]["noise"]
+        return float(term.sum) / float(term.weight)
+
+    return take
+
+
 def _milliseconds(step: Callable[[], object]) -> float:
     began = time.perf_counter()
     step()
     return 1e3 * (time.perf_counter() - began)
 
 
+def measure(case: str, run: Path | None, rounds: int) -> Iterator[dict[str, object]]:
+    """The lines of a case."""
+    if case == "unet-step":
+        yield from (unet_step(images, rounds) for images in (1, 8))
+        return
+    if run is None:
+        raise UserError(f"--run: needed for {case}; a work directory of `emu2 train` with a decoder's recipe")
+    if case in ("reconstruct-seen", "reconstruct-unseen"):
+        yield reconstruct(run, "scenes" if case == "reconstruct-seen" else "unseen")
+    elif case == "embeddings-over-pixels":
+        yield embeddings_over_pixels(run, rounds)
+    else:
+        setting, values = ABLATIONS[case]
+        for value in values:
+            for split in ("scenes", "unseen"):
+                yield {"split": split, **reconstruct(run, split, **{setting: value})}
+
+
 def main() -> None:
-    """Print one JSON line per case."""
+    """Print one JSON line per measurement."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--run", type=Path, help="work directory of a trained decoder, for all cases but unet-step")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["unet-step"])
+    parser.add_argument("--rounds", type=int, default=30, help="of unet-step, and steps of embeddings-over-pixels")
     arguments = parser.parse_args()
     try:
-        for images in (1, 8):
-            print(json.dumps(unet_step(images, arguments.rounds)), flush=True)
+        for case in arguments.cases:
+            for numbers in measure(case, arguments.run, arguments.rounds):
+                print(json.dumps({"case": case, **numbers}), flush=True)
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
 

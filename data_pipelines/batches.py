@@ -50,6 +50,7 @@ class ImageBatch:
     epochs: dict[str, int]
     samples: dict[str, int]
     num_upscaled: int  # images whose short side is less than the target's
+    num_small: int  # images left out, with weight 0, because a side is shorter than decoder.min_image_side
     bad: tuple[BadSample, ...]
 
 

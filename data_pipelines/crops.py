@@ -37,6 +37,7 @@ class ImagePipeline(BatchStream[ImageBatch]):
         image_size: int,
         batch_images: int,
         random_scale_max: float,
+        min_image_side: int,
         hosts: int,
         host: int | Sequence[int],
     ) -> None:
@@ -62,6 +63,7 @@ class ImagePipeline(BatchStream[ImageBatch]):
         self._image_size = image_size
         self._batch_images = batch_images
         self._random_scale_max = random_scale_max
+        self._min_image_side = min_image_side
         self._share = share_of_host(batch_images, hosts, host)
 
     @property
@@ -99,7 +101,7 @@ class ImagePipeline(BatchStream[ImageBatch]):
         return decode_crop(data, self._image_size, factor, top, left, ImageRules.of(self._config))
 
     def batch(self, step: int) -> ImageBatch:
-        """The crops of a step on this host; an image that cannot be used is zeros with weight 0.
+        """The crops of a step on this host; an image that is too small or cannot be used is zeros with weight 0.
 
         Where they were encoded beforehand, embeddings and latents stand in for the pixels: of the crops of this epoch,
         or of an earlier one when all that are stored have been seen.
@@ -108,7 +110,7 @@ class ImagePipeline(BatchStream[ImageBatch]):
         names: list[str] = []
         epochs: dict[str, int] = {}
         bad: list[BadSample] = []
-        num_upscaled = 0
+        num_upscaled = num_small = 0
         first = (step - self._position.since) * self._batch_images
         drawn = [self._sample(first + turn) for turn in self._share]
         readers = [self._gather(source, drawn) for source in range(len(self._sources))]
@@ -122,12 +124,16 @@ class ImagePipeline(BatchStream[ImageBatch]):
                 found = index.bad_sample(sample, image_part(index, sample), error)
                 bad.append(dataclasses.replace(found, source=name))
                 continue
+            short_side = min(values["time_ids"][:2])
+            if short_side < self._min_image_side:
+                num_small += 1
+                continue
             for field, value in values.items():
                 fields[field][i] = value
             fields["weight"][i] = 1.0
-            num_upscaled += int(min(values["time_ids"][:2]) < self._image_size)
+            num_upscaled += int(short_side < self._image_size)
         samples = dict(collections.Counter(names))
-        return ImageBatch(step, fields, tuple(names), epochs, samples, num_upscaled, tuple(bad))
+        return ImageBatch(step, fields, tuple(names), epochs, samples, num_upscaled, num_small, tuple(bad))
 
     def _gather(self, source: int, drawn: Sequence[tuple[int, int, int]]) -> ShardReader:
         _, index, reader = self._sources[source]
@@ -164,6 +170,7 @@ def open_image_pipeline(
     image_size: int,
     batch_images: int,
     random_scale_max: float,
+    min_image_side: int | None = None,
     tokenizer: Tokenizer | None = None,
     hosts: int = 1,
     host: int | Sequence[int] = 0,
@@ -171,8 +178,8 @@ def open_image_pipeline(
 ) -> ImagePipeline:
     """Opens the image-text sources of `config` for the visual decoder; sources of other kinds are left aside.
 
-    A tokenizer is not needed; with one, indexes are built so that pretraining finds them ready. Raises as
-    `open_pipeline`.
+    Pictures with a side shorter than `min_image_side` are left out, and counted. A tokenizer is not needed; with one,
+    indexes are built so that pretraining finds them ready. Raises as `open_pipeline`.
     """
     pairs = [source for source in config.sources if source.kind == "image_text"]
     if not pairs:
@@ -202,6 +209,7 @@ def open_image_pipeline(
         image_size=image_size,
         batch_images=batch_images,
         random_scale_max=random_scale_max,
+        min_image_side=min_image_side or 0,
         hosts=hosts,
         host=host,
     )

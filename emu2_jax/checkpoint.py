@@ -1,8 +1,9 @@
 """Checkpoints of a work directory: Orbax, asynchronous, and always a complete one to go on from.
 
-A checkpoint holds three items: `state` (step, params, opt_state, rng), `input` (the data position and its counters)
-and `config` (the operative config). Orbax writes into a temporary name and renames when all is on disk, so a killed
-writer leaves no directory that looks complete.
+A checkpoint holds three items: `state` (step, params, opt_state, rng; ema where the run keeps a moving average),
+`input` (the data position and its counters) and `config` (the operative config). What another stage, an evaluation or
+an export reads of a part that has a moving average is the average; only the run itself goes on from both. Orbax writes
+into a temporary name and renames when all is on disk, so a killed writer leaves no directory that looks complete.
 
 On several hosts a checkpoint is one: each host writes its shards into the same directory. What is gone on with is
 decided together, for a checkpoint that one host cannot read is of no use to the others.
@@ -127,10 +128,18 @@ class Checkpointer:
     def _check_same_model(self, step: int, abstract_state: Any) -> None:
         """Raise `CheckpointError` when the checkpoint is whole but of another model: nothing is wrong with it."""
         try:
-            saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(self._folder / f"{step:08d}" / "state").tree)
+            tree = ocp.PyTreeCheckpointHandler().metadata(self._folder / f"{step:08d}" / "state").tree
+            saved = _shapes(tree)
         except _UNREADABLE:
             return  # damaged; reading it will say how
         wanted = _shapes(abstract_state)
+        if ("ema" in tree) != ("ema" in abstract_state):
+            there = "a" if "ema" in tree else "no"
+            raise CheckpointError(
+                f"{self._folder}: checkpoint {step} has {there} moving average of the parameters, and "
+                f"optimizer.ema_decay is {'not ' if 'ema' in tree else ''}set; a run keeps one from its start or not "
+                "at all: take another work directory"
+            )
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
                 raise CheckpointError(
@@ -216,14 +225,30 @@ def _read_newest(workdir: Path, read: Callable[[Path, int], T], say: Callable[[s
     raise CheckpointError(f"{workdir}: none of the checkpoints {steps} can be read; see the lines above")
 
 
+def _saved_state(state: Path) -> Mapping[str, Any]:
+    """Shapes and dtypes of the arrays in the folder of a state."""
+    return ocp.PyTreeCheckpointHandler().metadata(state).tree
+
+
 def _saved_params(state: Path, step: int) -> dict[str, Any]:
-    """Shapes and dtypes of the parameters in the folder of a state."""
-    return dict(ocp.PyTreeCheckpointHandler().metadata(state).tree["params"])
+    return dict(_saved_state(state)["params"])
 
 
-def latest_state(workdir: Path) -> tuple[Path, dict[str, Any]]:
-    """Where the state of the newest checkpoint of a work directory lies, and the metadata of its parameters."""
-    return _read_newest(workdir, lambda state, step: (state, _saved_params(state, step)))
+def _kept_under(state: Mapping[str, Any], part: str) -> str:
+    """Where in a state the parameters of a part are that it hands on: its moving average, or themselves."""
+    return "ema" if part in state.get("ema", {}) else "params"
+
+
+def latest_state(workdir: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """Where the state of the newest checkpoint of a work directory lies, the metadata of its parameters, and for each
+    part under which key of the state it is to be read."""
+
+    def read(state: Path, step: int) -> tuple[Path, dict[str, Any], dict[str, str]]:
+        tree = _saved_state(state)
+        params = dict(tree["params"])
+        return state, params, {part: _kept_under(tree, part) for part in params}
+
+    return _read_newest(workdir, read)
 
 
 def saved_parts(workdir: Path) -> set[str]:
@@ -243,13 +268,15 @@ Fit = Callable[[str, jax.Array, tuple[int, ...]], jax.Array | None]
 def load_parts(workdir: Path, abstract_params: Mapping[str, Any], fit: Fit) -> dict[str, Any]:
     """Parameters of the parts in `abstract_params` from the newest readable checkpoint of another work directory.
 
-    Only those parts are read; each array gets the dtype and sharding of its abstract value. An array of another shape
+    Only those parts are read, and of a part that has a moving average that one; each array gets the dtype and sharding
+    of its abstract value. An array of another shape
     is handed to `fit`. Raises `CheckpointError` when no checkpoint can be read, a parameter is missing, or a shape
     differs and `fit` cannot help (naming it).
     """
 
     def read(state: Path, step: int) -> dict[str, Any]:
-        shapes = _shapes({"params": _saved_params(state, step)})
+        saved = _saved_state(state)
+        shapes = _shapes(saved)
 
         def as_saved(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             name = path_of(path)
@@ -263,11 +290,14 @@ def load_parts(workdir: Path, abstract_params: Mapping[str, Any], fit: Fit) -> d
                 whole = jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec())
             return jax.ShapeDtypeStruct(shapes[name], leaf.dtype, sharding=whole)
 
-        target = {"params": jax.tree_util.tree_map_with_path(as_saved, dict(abstract_params))}
+        target: dict[str, dict[str, Any]] = {}
+        for part, tree in jax.tree_util.tree_map_with_path(as_saved, dict(abstract_params)).items():
+            target.setdefault(_kept_under(saved, part), {})[part] = tree
         arguments = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
-        return ocp.PyTreeCheckpointHandler().restore(state, args=arguments)["params"]
+        found = ocp.PyTreeCheckpointHandler().restore(state, args=arguments)
+        return {part: found[key][part] for key, parts in target.items() for part in parts}
 
     def fitted(path: Any, array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if array.shape == leaf.shape:

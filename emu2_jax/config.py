@@ -160,7 +160,8 @@ class OptimizerConfig:
     temporal_learning_rate: float | None = None  #: of the video decoder's layers of time; **open**
     frozen: tuple[Part, ...] = ()  #: parts that do not train: no gradients, no moments
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  #: decay after the warm-up
-    warmup_ratio: float = 0.0  #: share of train.num_steps; the learning rate rises linearly to its peak
+    warmup: Literal["linear", "log"] = "linear"  #: how the rate rises; log: fast, then slow (**open** by which formula)
+    warmup_ratio: float = 0.0  #: share of train.num_steps in which the learning rate rises to its peak
     warmup_steps: int | None = None  #: overrides warmup_ratio
     final_learning_rate_ratio: float = 0.0  #: end of the decay, relative to the peak
     beta1: float = 0.9
@@ -171,6 +172,7 @@ class OptimizerConfig:
     accumulation_steps: int = 1  #: micro-batches per step; the result equals one big batch
     gradient_dtype: Literal["float32", "bfloat16"] | None = None  #: of sums over devices; None = model.compute_dtype
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  #: of Adam's first moment
+    ema_decay: float | None = None  #: **open**; a moving average of the trained parts, handed on in their place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +255,7 @@ class DecoderConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)  #: of decoder.latent = autoencoder_kl
     video: VideoConfig = field(default_factory=VideoConfig)  #: of train.task = video_decoder
-    latent: Literal["space_to_depth", "autoencoder_kl"] = "autoencoder_kl"  #: what stands between pixels and latents
+    latent: Literal["space_to_depth", "cosines", "autoencoder_kl"] = "autoencoder_kl"  #: between pixels and latents
     latent_factor: int = 8  #: pixels per latent position along one side
     latent_scale: float = 0.13025  #: latents are multiplied by this (SDXL's VAE)
     image_size: int = 1024  #: pixels, side of the square that is drawn
@@ -272,7 +274,27 @@ class DecoderConfig:
     num_sampling_steps: int = 50
     guidance_scale: float = 3.0  #: 1 = no guidance
     batch_images: int = 2048  #: images per optimiser step over all hosts
+    vae_chunks: int = 1  #: the VAE takes a (micro-)batch in this many chunks, one after the other, to save memory
+    min_image_side: int | None = None  #: pixels; pictures with a shorter side are left out (paper: 512); None = none
     random_scale_max: float = 1.25  #: **open**; ratio-preserving scale is drawn from [1, this], then a square crop
+
+
+#: OpenAI's CLIP ViT-L/14.
+CLIP_VIT_L = VisionConfig(
+    image_size=224,
+    patch_size=14,
+    width=1024,
+    num_layers=24,
+    num_heads=16,
+    mlp_width=4096,
+    layer_norm_epsilon=1e-5,
+    block_norm="pre",
+    activation="quick_gelu",
+    k_bias=True,
+    patch_bias=False,
+    input_norm=True,
+    final_norm=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +309,9 @@ class EvaluationConfig:
     in_context: str = ""  #: shards of held-out episodes, of `emu2 evaluate --suite in_context`
     shots: tuple[int, ...] = (0, 1, 2, 4, 8)  #: examples in the prompt
     episodes_per_task: int = 128  #: from the front of the shards
+    clip_weights: str | None = None  #: file or directory of CLIP's weights, for CLIP-I; None = not measured
+    clip_vision: VisionConfig = field(default_factory=lambda: CLIP_VIT_L)  #: its image tower (paper: ViT-L)
+    preview_every_steps: int | None = None  #: of the decoder: held-out pictures redrawn during training; None = never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,6 +369,8 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _require(
         bool(shots) and min(shots) >= 0, "evaluation.shots", "must be numbers of examples, 0 or more, at least one"
     )
+    every = config.evaluation.preview_every_steps
+    _require(every is None or every >= 1, "evaluation.preview_every_steps", "must be at least 1; None = no previews")
     block = config.objective.vocab_block_positions
     _require(block is None or block >= 1, "objective.vocab_block_positions", "must be at least 1; None = all at once")
     _validate_optimizer(config)
@@ -359,6 +386,8 @@ def _validate_optimizer(config: ExperimentConfig) -> None:
     optimizer = config.optimizer
     _require_positive(optimizer, "optimizer", "accumulation_steps")
     _require(0 <= optimizer.warmup_ratio < 1, "optimizer.warmup_ratio", "must lie in [0, 1)")
+    decay = optimizer.ema_decay
+    _require(decay is None or 0 < decay < 1, "optimizer.ema_decay", "must lie in (0, 1), 0.9999 say; None = no average")
     warmup = optimizer.warmup_steps or 0
     _require(0 <= warmup <= config.train.num_steps, "optimizer.warmup_steps", "must lie between 0 and train.num_steps")
     prefixes = ("", "visual_encoder_", "connector_", "language_model_", "temporal_")
@@ -475,6 +504,11 @@ def _validate_decoder(config: ExperimentConfig) -> None:
         path = f"decoder.unet.{field_name}"
         _require(len(getattr(unet, field_name)) == levels, path, f"needs {levels} entries, one per level of the U-Net")
     _require_positive(decoder, "decoder", "latent_factor", "num_sampling_steps", "num_train_timesteps", "batch_images")
+    _require_positive(decoder, "decoder", "vae_chunks")
+    images = decoder.batch_images // config.optimizer.accumulation_steps
+    _require(images % decoder.vae_chunks == 0, "decoder.vae_chunks", f"must divide the {images} images of a batch")
+    least = decoder.min_image_side
+    _require(least is None or least >= 1, "decoder.min_image_side", "must be at least 1; None = no picture is left out")
     _require(0 <= decoder.condition_dropout <= 1, "decoder.condition_dropout", "must lie in [0, 1]")
     _require(decoder.steps_offset >= 0, "decoder.steps_offset", "must not be negative")
     if decoder.latent == "autoencoder_kl":
@@ -485,7 +519,14 @@ def _validate_decoder(config: ExperimentConfig) -> None:
         factor = 2 ** (len(vae.block_out_channels) - 1)
         _require(decoder.latent_factor == factor, "decoder.latent_factor", f"must be {factor}, as decoder.vae has it")
     multiple = decoder.latent_factor * 2 ** (levels - 1)
-    _require(decoder.image_size % multiple == 0, "decoder.image_size", f"must be a multiple of {multiple}")
+    below = decoder.image_size // multiple * multiple
+    nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
+    _require(
+        decoder.image_size % multiple == 0,
+        "decoder.image_size",
+        f"is {decoder.image_size}, which the {levels} levels of the U-Net cannot halve: must be a multiple of "
+        f"{multiple}; nearest: {nearest}",
+    )
     _require(
         unet.cross_attention_width == config.model.vision.width,
         "decoder.unet.cross_attention_width",

@@ -17,8 +17,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 
 #: start: until the loop begins (opening data, restoring, initialising). compile: the step's first call with a batch
-#: shape. data_wait: for the next batch. checkpoint: what training waits for of a save. profile: writing a trace.
-Activity = Literal["step", "data_wait", "checkpoint", "compile", "profile", "start", "lost"]
+#: shape. data_wait: for the next batch. checkpoint: what training waits for of a save. preview: drawing held-out
+#: pictures. profile: writing a trace.
+Activity = Literal["step", "data_wait", "checkpoint", "compile", "preview", "profile", "start", "lost"]
 ACTIVITIES: tuple[str, ...] = get_args(Activity)
 PREFIX = "seconds/"  #: of the totals in metrics.jsonl
 

@@ -62,6 +62,8 @@ class Monitor:
         self._last_checkpoint = last_checkpoint
         self._slow = SlowSteps(hosts.index())
         self._pending: tuple[int, dict[str, Any], Mapping[str, tuple[int, ...]], Info] | None = None
+        self._previewed: dict[str, float] = {}  # to be logged with the pending step
+        self._preview_s = 0.0  # that is no part of a step
         self._waits_s: list[float] = []  # of the steps since the last line, so that no stall falls between two lines
         self._schedule = optimizer_lib.relative_schedule(config.optimizer, config.train.num_steps)
         self._last_time = time.perf_counter()
@@ -78,6 +80,14 @@ class Monitor:
         self._pending = (step, log, shapes, batch)
         self._waits_s.append(waited_s)
 
+    def preview(self, draw: Callable[[], Mapping[str, float]]) -> None:
+        """Draw previews after the pending step; their numbers go into its line, or the next that is logged."""
+        if self._pending is not None:
+            jax.block_until_ready(self._pending[1])
+        began = time.perf_counter()
+        self._previewed |= draw()
+        self._preview_s += time.perf_counter() - began
+
     def flush(self) -> None:
         """Wait for the pending step, check it and log it."""
         if self._pending is None:
@@ -89,7 +99,8 @@ class Monitor:
         self._goodput.lap("step")
         self._slow.note(step, self._goodput.seconds)
         now = time.perf_counter()
-        step_s, self._last_time = now - self._last_time, now
+        step_s, self._last_time = now - self._last_time - self._preview_s, now
+        self._preview_s = 0.0
         # The bar moves at each step, so it takes other hosts to be as quick as this one; the log asks them.
         rates = {f"{name}/s": hosts.count() * rate for name, rate in _rates(batch.info, step_s).items()}
         self._writer.advance(values["loss"], rates)
@@ -127,7 +138,8 @@ class Monitor:
         }
         rates = {f"{name}_per_s": rate for name, rate in _rates(info, step_s).items()}
         slow = merge_slow_steps([one["slow_steps"] for one in told])
-        line: dict[str, Any] = {**values, **rates, **info, **self._goodput.values()}
+        line: dict[str, Any] = {**values, **self._previewed, **rates, **info, **self._goodput.values()}
+        self._previewed.clear()
         if len(told) > 1:
             line["data_wait_host"] = slowest
         self._writer.write(step, {**line, "slow_steps": slow} if slow else line)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from emu2_jax.config import OptimizerConfig
@@ -29,9 +30,10 @@ def peak_learning_rate(config: OptimizerConfig, part: str) -> float:
 
 
 def relative_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate relative to its peak: linear warm-up from 0, then the decay, over `num_steps` updates.
+    """Learning rate relative to its peak: the warm-up from 0, then the decay, over `num_steps` updates.
 
-    The first update has count 0, so with a warm-up of w updates it runs at 1/w of the peak: none is wasted at 0.
+    The first update has count 0, so with a linear warm-up of w updates it runs at 1/w of the peak: none is wasted at 0.
+    A logarithmic one gives update n of w the share log(1 + n) / log(1 + w): half of the peak after about sqrt(w).
     """
     warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * num_steps)
     decay_steps = max(num_steps - warmup, 1)
@@ -39,7 +41,9 @@ def relative_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule
 
     def schedule(count: jax.Array) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)
-        rising = (count + 1) / max(warmup, 1)
+        whole = max(warmup, 1)
+        updates = jnp.minimum(count + 1, whole)
+        rising = updates / whole if config.warmup == "linear" else jnp.log1p(updates) / np.log1p(whole)
         progress = jnp.clip((count - warmup) / decay_steps, 0.0, 1.0)
         falling = {
             "cosine": end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress)),
@@ -63,6 +67,17 @@ def cast_frozen(frozen_dtype: str, frozen: Mapping[str, Any]) -> dict[str, Any]:
         part: tree if part == "vae" else jax.tree.map(lambda x: x.astype(frozen_dtype), tree)
         for part, tree in frozen.items()
     }
+
+
+def moving_average(decay: float, average: Any, params: Any, num_updates: jax.Array) -> Any:
+    """The average after one more update, that of `params`, number `num_updates` counted from 0.
+
+    Early on the decay is (1 + n) / (10 + n) where that is less, so that the initial parameters are soon forgotten.
+    Source: diffusers `EMAModel`, as TensorFlow's `ExponentialMovingAverage` with `num_updates`.
+    """
+    count = num_updates.astype(jnp.float32)
+    share = 1.0 - jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+    return jax.tree.map(lambda old, new: old + share * (new - old), average, params)
 
 
 def build(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:

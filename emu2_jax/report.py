@@ -6,6 +6,7 @@ A run directory holds (all but the first may be missing; the page then says so i
     stages.json                   what was trained on what, a list of `Stage`
     <workdir>/metrics.jsonl       one JSON object per logged step of that stage
     <workdir>/config.gin          the operative config of that stage
+    <workdir>/previews/           held-out pictures redrawn during that stage, STEP-SPLIT.png
     evaluation/captions.json      held-out images and their captions, a list of `CaptionSample`
     evaluation/autoencoded.json   images and what the decoder makes of their embeddings, a list of `AutoencodedSample`
     evaluation/drawn.json         texts and the images drawn for them, a list of `DrawnSample`
@@ -50,6 +51,11 @@ SMOOTHING_SHARE = 0.05  #: share of a stage's logged steps in the window of a sm
 SHOWN_SLOW_STEPS = 12  #: the slowest of a stage
 SETTLED_SHARE = 0.1  #: share of a stage's logged steps, from its start, left out of the throughput table
 LOG_AXIS_RATIO = 20.0  #: positive curves whose maximum is this many times their minimum get a logarithmic axis
+
+LOG = "metrics.jsonl"  #: of a work directory
+PREVIEWS = "previews"  #: folder of a work directory
+SHOWN_PREVIEWS = 5  #: sheets per split that are drawn into the page, from the first to the last
+PREVIEW_SIDE = 640  #: pixels, longest side of an embedded sheet
 
 SPLIT_TITLES = {
     "scenes": "Held-out scenes: known objects, never composed like this in training",
@@ -203,6 +209,14 @@ LEARNING_PANELS = (
         ("regression_cosine", "regression_norm_ratio"),
         axis="linear",
     ),
+    Panel(
+        "Previews",
+        "dB of peak signal-to-noise ratio",
+        "Held-out pictures redrawn during training.",
+        ("preview_psnr_db/scenes", "preview_psnr_db/unseen"),
+        axis="linear",
+        smoothed=False,
+    ),
     Panel("Gradient norm", "global norm", "Before clipping, over all trained parts.", ("grad_norm",)),
     Panel("Learning rate", "learning rate", "Warm-up and decay.", ("learning_rate",), axis="from_zero", smoothed=False),
 )
@@ -244,6 +258,7 @@ ACTIVITIES = {
     "checkpoint": ("checkpoints", "the part of a save that training waits for"),
     "compile": ("compiling", "the first call of the step with each batch shape"),
     "start": ("starting", "opening the data, restoring or initialising the state"),
+    "preview": ("previews", "held-out pictures drawn meanwhile"),
     "profile": ("profiling", "writing traces"),
     "lost": ("lost", "steps that were done again after a kill, because no checkpoint held them"),
 }
@@ -282,7 +297,8 @@ class Picture:
 def write_report(run_dir: Path) -> Path:
     """Draws the report of a run and writes `report.html` into its directory, in one piece or not at all.
 
-    Raises `UserError` when metrics.json is missing or when any of the files cannot be understood.
+    `run_dir` may be the work directory of one stage, also while it trains. Raises `UserError` when it is neither that
+    nor has a metrics.json, or when any of the files cannot be understood.
     """
     template = page_environment().get_template("report.html.jinja")
     return write_page(run_dir / "report.html", template.render(_page(run_dir)))
@@ -319,7 +335,9 @@ def _page(run_dir: Path) -> dict[str, Any]:
     metrics = _read_metrics(run_dir)
     bars = _bars(run_dir, metrics)
     stages = _read_list(run_dir / "stages.json", Stage)
-    logs = {stage.name: read_training_log(run_dir / stage.workdir / "metrics.jsonl") for stage in stages or ()}
+    if stages is None and (run_dir / LOG).exists():
+        stages = [Stage(name=run_dir.resolve().name, workdir=".")]
+    logs = {stage.name: read_training_log(run_dir / stage.workdir / LOG) for stage in stages or ()}
     attribution = run_dir / "data" / "ATTRIBUTION.txt"
     return {
         "name": run_dir.resolve().name,
@@ -336,6 +354,8 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "time_shares": {name: _shares(log) for name, log in logs.items() if log and log.seconds},
         "slow_steps": {name: _slow_steps(log) for name, log in logs.items() if log and log.slow_steps},
         "num_slow_steps": {name: len(log.slow_steps) for name, log in logs.items() if log},
+        "previews": {stage.name: _previews(run_dir / stage.workdir / PREVIEWS) for stage in stages or ()},
+        "preview": lambda path: embed_picture(path, PREVIEW_SIDE),
         "throughput": {name: log and _plots(name, log, THROUGHPUT_PANELS) for name, log in logs.items()},
         "throughput_columns": THROUGHPUT_COLUMNS,
         "throughput_rows": {name: _typical(log) for name, log in logs.items() if log},
@@ -374,6 +394,8 @@ _Sample = TypeVar("_Sample")
 
 def _read_metrics(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "metrics.json"
+    if not path.exists() and (run_dir / LOG).exists():
+        return {}
     if not path.exists():
         raise UserError(
             f"{path}: no such file; a report needs the run's headline numbers (finish the evaluation first)"
@@ -588,8 +610,21 @@ def compare_words(true: str, generated: str) -> list[tuple[str, bool]]:
 # --- Pictures ----------------------------------------------------------------------------------------------------
 
 
-def embed_picture(path: Path) -> Picture:
-    """A picture as a PNG data URI, shrunk to `EMBEDDED_SIDE` if it is larger.
+def _previews(folder: Path) -> dict[str, list[tuple[int, Path]]]:
+    """Steps and sheets by split: the first, the last, and some between."""
+    found: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(folder.glob("[0-9]*-*.png")):
+        step, _, split = path.stem.partition("-")
+        found.setdefault(split, []).append((int(step), path))
+    shown = {}
+    for split, sheets in found.items():
+        chosen = np.linspace(0, len(sheets) - 1, min(len(sheets), SHOWN_PREVIEWS)).round().astype(int)
+        shown[split] = [sheets[i] for i in chosen]
+    return shown
+
+
+def embed_picture(path: Path, side: int = EMBEDDED_SIDE) -> Picture:
+    """A picture as a PNG data URI, shrunk to `side` if it is larger.
 
     Raises `UserError` when the file is missing or is not a picture.
     """
@@ -600,7 +635,7 @@ def embed_picture(path: Path) -> Picture:
         raise UserError(f"{path}: no such picture, but a list in {path.parent.parent} names it") from error
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{path}: not a picture that can be read: {error}") from error
-    picture.thumbnail((EMBEDDED_SIDE, EMBEDDED_SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     small = max(picture.size) <= PIXELATED_SIDE

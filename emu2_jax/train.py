@@ -6,6 +6,7 @@ checkpoint. State and input position are saved together, so a run that was kille
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,12 @@ from emu2_jax.models.eva_vit import resize_position_embedding
 from emu2_jax.monitor import Monitor
 from emu2_jax.task import Batch, Losses, Params, Task
 
-State = dict[str, Any]  # {"step", "params", "opt_state", "rng"}, a tree of arrays
+#: {"step", "params", "opt_state", "rng"}, a tree of arrays; with optimizer.ema_decay also "ema", of the trained parts.
+State = dict[str, Any]
+
+
+#: Shown the parameters that an evaluation would read after a step; gives numbers to log.
+Preview = Callable[[int, Params], Mapping[str, float]]
 
 
 class HostBatch(NamedTuple):
@@ -99,6 +105,11 @@ def make_step(
         params = {**optax.apply_updates(trained, updates), **frozen}
         log = {"terms": dict(out.terms), "metrics": dict(out.metrics), "grad_norm": optax.tree.norm(grads)}
         new_state = {"step": state["step"] + 1, "params": params, "opt_state": opt_state, "rng": state["rng"]}
+        if config.optimizer.ema_decay is not None:
+            new = {part: params[part] for part in trained}
+            new_state["ema"] = optimizer_lib.moving_average(
+                config.optimizer.ema_decay, state["ema"], new, state["step"]
+            )
         return new_state, log
 
     return step
@@ -151,12 +162,13 @@ def build_program(task: Task, config: ExperimentConfig, devices: list[jax.Device
         params = dict(task.init(jax.random.fold_in(key, 0)))
         trained, frozen = optimizer_lib.split_frozen(config.optimizer, params)
         frozen = optimizer_lib.cast_frozen(config.model.frozen_dtype, frozen)
-        return {
+        state = {
             "step": jnp.zeros((), jnp.int32),
             "params": {**trained, **frozen},
             "opt_state": optimizer.init(trained),
             "rng": jax.random.key_data(jax.random.fold_in(key, 1)),
         }
+        return state if config.optimizer.ema_decay is None else {**state, "ema": jax.tree.map(jnp.copy, trained)}
 
     shapes = jax.eval_shape(init)
     trained = optimizer_lib.split_frozen(config.optimizer, shapes["params"])[0]
@@ -166,6 +178,8 @@ def build_program(task: Task, config: ExperimentConfig, devices: list[jax.Device
         "opt_state": sharding.optimizer_shardings(optimizer, shapes["opt_state"], trained, mesh),
         "rng": sharding.replicated(mesh),
     }
+    if "ema" in shapes:
+        shardings["ema"] = {part: shardings["params"][part] for part in trained}
     abstract = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
     step = jax.jit(
         make_step(task, config, optimizer, mesh),
@@ -187,6 +201,8 @@ def initial_state(program: Program, config: ExperimentConfig, say: Callable[[str
         raise CheckpointError(f"train.init_from: {workdir} holds none of the parts {sorted(state['params'])}")
     wanted = {part: program.abstract_state["params"][part] for part in parts}
     state["params"] = {**state["params"], **load_parts(workdir, wanted, fit_parameter)}
+    if "ema" in state:  # a copy: both are donated to the first step
+        state["ema"] = {part: jax.tree.map(jnp.copy, state["params"][part]) for part in state["ema"]}
     fresh = sorted(set(state["params"]) - parts)
     say(f"took {', '.join(sorted(parts))} from {workdir}; " + (f"new: {', '.join(fresh)}" if fresh else "nothing new"))
     return state
@@ -210,15 +226,18 @@ def train(
     say: Callable[[str], None],
     inspect: Callable[[Params], None] = lambda params: None,
     goodput: Goodput | None = None,
+    preview: Preview | None = None,
 ) -> Params:
     """Train to `train.num_steps`, from the newest checkpoint of `workdir` if there is one. Returns the parameters.
 
     `program` is what `build_program` made of task and config. Raises `Diverged` when a loss is not finite, and
     `Stopped` after SIGTERM or Ctrl-C, with the state saved; on several hosts, all of them do. `inspect` is shown the
-    parameters before the first step; `goodput` has measured since the run began.
+    parameters before the first step, `preview` those that an evaluation would read every
+    `evaluation.preview_every_steps`, and what it gives is logged; `goodput` has measured since the run began.
     """
     checkpointer = Checkpointer(workdir, config.checkpoint, say)
-    loop = Loop(config, task, program, data, workdir, checkpointer, goodput or Goodput(), operative_config, say)
+    measured = goodput or Goodput()
+    loop = Loop(config, task, program, data, workdir, checkpointer, measured, operative_config, say, preview)
     try:
         with StopSignal() as stop:
             params = loop.run(stop, inspect)
@@ -243,6 +262,7 @@ class Loop:
     goodput: Goodput
     operative_config: str
     say: Callable[[str], None]
+    preview: Preview | None
 
     def run(self, stop: StopSignal, inspect: Callable[[Params], None]) -> Params:
         """From the newest checkpoint to the last step."""
@@ -300,6 +320,9 @@ class Loop:
                 monitor.flush()
                 profiler.write()
                 goodput.lap("profile")
+            if self.preview is not None and step % (config.evaluation.preview_every_steps or num_steps) == 0:
+                monitor.preview(functools.partial(self.preview, step, handed_on(state)))
+                goodput.lap("preview")
             stopping = stop.reached(step)
             if step == num_steps or stopping or step % config.checkpoint.every_steps == 0:
                 monitor.flush()  # a state whose losses were not looked at is not saved
@@ -318,6 +341,11 @@ class Loop:
         input_state = {**self.data.state(), "seconds": self.goodput.state()}
         self.checkpointer.save(step, state, input_state, self.operative_config)
         self.goodput.lap("checkpoint")
+
+
+def handed_on(state: State) -> Params:
+    """The parameters that evaluation, export and later stages read: the moving average of what has one."""
+    return {**state["params"], **state.get("ema", {})}
 
 
 class BatchPlacer:

@@ -75,6 +75,15 @@ FORMS = (
     "vit_timm", "clip_hf", "clip_open_clip", "unet", "vae",
 )  # fmt: skip
 
+EVALUATE_EPILOG = """\
+A decoder's work directory is measured by itself: PSNR, SSIM and embedding cosine of redrawn held-out pictures, and a
+contact sheet. With other settings or shards the numbers are printed alone, unless --out names a directory. Examples:
+  emu2 evaluate runs/demo
+  emu2 evaluate runs/openmoji_64/decoder
+  emu2 evaluate runs/openmoji_64/decoder --gin.decoder.guidance_scale=2.0 --gin.decoder.num_sampling_steps=50
+  emu2 evaluate runs/openmoji_64/decoder --shards 'data/photos/*.tar' --out runs/photos
+"""
+
 ENCODE_EPILOG = """\
 The same command goes on where it was stopped: shards that are in the store are kept. --gin.mesh.fsdp=8 and the like
 are as for `emu2 train`. Then, to train from it:  --gin.data.sources.NAME.embeddings=DIR
@@ -180,11 +189,15 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--workdir", type=Path, required=True, help="each variant gets a directory in it")
 
     evaluate = add("evaluate", _evaluate, "measure a trained model on held-out pairs and draw pictures")
+    evaluate.epilog = EVALUATE_EPILOG
     evaluate.add_argument(
         "run",
         type=Path,
-        help="run directory: holds stage2/ and decoder/, gets evaluation/; or a video decoder's work directory",
+        help="run directory: holds stage2/ and decoder/, gets evaluation/; or the work directory of an image or video "
+        "decoder",
     )
+    evaluate.add_argument("--shards", help="of a decoder: shards of pictures to redraw, in place of the run's own")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="of a decoder: where to write (RUN/evaluation)")
     evaluate.add_argument(
         "--suite",
         choices=["heldout", "in_context"],
@@ -519,8 +532,11 @@ def _sweep(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from emu2_jax.errors import ConfigError
+    from experiments.autoencode import FOLDER, evaluate_decoder
     from experiments.evaluate import evaluate_run
     from experiments.evaluate_clips import evaluate_clips, is_video_decoder
+    from experiments.runs import CONFIG, load_config, load_params, override
 
     if arguments.suite == "in_context":
         _evaluate_in_context(arguments, rest)
@@ -530,7 +546,21 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
             for who, row in rows.items():
                 print(f"{split:<8} {who:<18} " + "  ".join(f"{name} {value:.3f}" for name, value in row.items()))
         return
-    for name, value in evaluate_run(arguments.run).items():
+    changed = bool(rest or arguments.gin_file or arguments.shards)
+    if (arguments.run / CONFIG).exists():
+        config = override(load_config(arguments.run), arguments.gin_file, rest)
+        if config.train.task != "decoder":
+            raise ConfigError(f"{arguments.run}: is no visual decoder's; give the run directory that holds it")
+        out = None if changed else arguments.run / FOLDER
+        params = load_params(arguments.run, config)
+        numbers = evaluate_decoder(config, params, shards=arguments.shards, out=arguments.out or out)
+    elif changed or arguments.out:
+        raise ConfigError(
+            f"{arguments.run}: --shards, --out and settings are for a decoder's work directory (it has no {CONFIG})"
+        )
+    else:
+        numbers = evaluate_run(arguments.run)
+    for name, value in numbers.items():
         print(f"{name:<32} {value:.4f}")
 
 

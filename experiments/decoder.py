@@ -1,9 +1,15 @@
 """Emu2's visual decoder at full size (paper section 2.3, table 7): an SDXL U-Net on frozen visual embeddings.
 
-emu2 train emu2_37b_decoder --workdir DIR --dry_run
+    emu2 train emu2_37b_decoder --workdir DIR --dry_run
+    emu2 train emu2_37b_decoder_512 --workdir DIR --gin_file=experiments/meshes/decoder_v5e_256.gin
+
+The files in `experiments/meshes` lay the U-Net on a pod. Its 320 channels divide over 64 devices at most: the rest of a
+pod's devices hold replicas.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 from emu2_jax.config import (
     CheckpointConfig,
@@ -33,6 +39,7 @@ def decoder() -> ExperimentConfig:
             learning_rate=1e-4,
             frozen=("visual_encoder", "vae"),
             schedule="linear",
+            warmup="log",
             warmup_steps=2_500,  # table 7; the text says 2,000
             beta1=0.9,
             beta2=0.999,
@@ -42,5 +49,13 @@ def decoder() -> ExperimentConfig:
         ),
         train=TrainConfig(task="decoder", num_steps=8_000, init_from="runs/emu2_37b_stage1b"),
         checkpoint=CheckpointConfig(every_steps=500, keep=3),
-        decoder=DecoderConfig(),
+        decoder=DecoderConfig(min_image_side=512),
+    )
+
+
+def decoder_512() -> ExperimentConfig:
+    """The same at 512 px, where a step costs a quarter."""
+    base = decoder()
+    return dataclasses.replace(
+        base, name="emu2_37b_decoder_512", decoder=dataclasses.replace(base.decoder, image_size=512)
     )

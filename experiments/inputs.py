@@ -168,6 +168,7 @@ def _image_info(batch: ImageBatch) -> dict[str, float | str]:
         "source": _joined(batch.sources),
         "images": int(batch.fields["weight"].sum()) * frames,
         "upscaled_images": batch.num_upscaled,
+        "small_images": batch.num_small,
         "epoch": max(batch.epochs.values()),
     }
 
@@ -219,6 +220,7 @@ def open_input(
             image_size=config.decoder.image_size,
             batch_images=config.decoder.batch_images,
             random_scale_max=config.decoder.random_scale_max,
+            min_image_side=config.decoder.min_image_side,
             hosts=shares.count,
             host=shares.mine,
             store_settings=store_settings(config),

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.errors import ConfigError
-from experiments import decoder, openmoji_small, openmoji_tiny, openmoji_video, pretrain, video_decoder
+from experiments import (
+    decoder,
+    openmoji_64,
+    openmoji_small,
+    openmoji_tiny,
+    openmoji_video,
+    pretrain,
+    video_decoder,
+)
 
 RECIPES: Mapping[str, Callable[[], ExperimentConfig]] = {
     "openmoji_tiny_stage1": openmoji_tiny.stage1,
@@ -16,11 +24,14 @@ RECIPES: Mapping[str, Callable[[], ExperimentConfig]] = {
     "openmoji_tiny_video_decoder": openmoji_video.video_decoder,
     "openmoji_small_stage1": openmoji_small.stage1,
     "openmoji_small_stage2": openmoji_small.stage2,
+    "openmoji_64_stage1": openmoji_64.stage1,
+    "openmoji_64_decoder": openmoji_64.decoder,
     "emu2_37b_stage1a": pretrain.stage1a,
     "emu2_37b_stage1b": pretrain.stage1b,
     "emu2_37b_stage2": pretrain.stage2,
     "emu2_37b_decoder": decoder.decoder,
     "emu2_37b_video_decoder": video_decoder.video_decoder,
+    "emu2_37b_decoder_512": decoder.decoder_512,
 }
 
 Sweep = Callable[[], Iterator[tuple[str, dict[str, str]]]]

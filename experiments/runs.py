@@ -29,6 +29,7 @@ from emu2_jax.tokenizer import Tokenizer
 from emu2_jax.train import build_program, train
 from experiments import recipes
 from experiments.inputs import TrainingInput, batch_rows, make_task, open_input, open_tokenizer, source_shapes
+from experiments.previews import open_previews
 
 CONFIG = "config.gin"
 LOCK = "train.lock"
@@ -91,6 +92,7 @@ def run_training(
         program = program._replace(step=saved_steps.load(program, batches, compiled, say))
     for source, counts in data.summary.items():
         say(f"{source}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
+    preview = open_previews(config, workdir)
     text = overrides.dump(config, provenance)
     with _alone_in(workdir):
         if hosts.index() == 0:
@@ -101,6 +103,7 @@ def run_training(
             say=say,
             inspect=data.check_encoder,
             goodput=goodput,
+            preview=preview,
         )
 
 

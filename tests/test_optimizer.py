@@ -45,6 +45,22 @@ def test_warm_up_steps_override_the_ratio() -> None:
     assert rates(10, [0], warmup_ratio=0.2, warmup_steps=0) == [1.0]
 
 
+def test_a_logarithmic_warm_up_rises_fast_and_then_slowly() -> None:
+    """Update n of 3: log(1 + n) / log(4), that is 1/2, log 3 / log 4, 1; then the linear decay over 4."""
+    values = rates(7, [0, 1, 2, 3, 5, 7], warmup="log", warmup_steps=3, schedule="linear")
+    assert values == pytest.approx([0.5, math.log(3) / math.log(4), 1.0, 1.0, 0.5, 0.0], abs=1e-6)
+    assert rates(4, [0, 4], warmup="log", warmup_steps=0, schedule="constant") == [1.0, 1.0]
+
+
+def test_a_moving_average_forgets_its_start_first_and_then_decays() -> None:
+    """Decays 1/10, 2/11, then the setting's 0.2: averages of 0, 10, 11 and 12 by hand."""
+    average, wanted = {"a": jnp.zeros(2)}, 0.0
+    for count, (value, decay) in enumerate(((10.0, 1 / 10), (11.0, 2 / 11), (12.0, 0.2))):
+        average = optimizer.moving_average(0.2, average, {"a": jnp.full(2, value)}, jnp.asarray(count))
+        wanted = decay * wanted + (1 - decay) * value
+        np.testing.assert_allclose(average["a"], wanted, rtol=1e-6)
+
+
 def test_each_part_has_its_own_peak() -> None:
     config = OptimizerConfig(
         learning_rate=1.0,

@@ -113,11 +113,11 @@ class SavedParameter:
 
 def open_parameters(workdir: Path) -> dict[str, Parameter]:
     """The parameters (path -> parameter) of the newest checkpoint of a work directory; nothing is read yet."""
-    folder, saved = latest_state(workdir)
+    folder, saved, kept_under = latest_state(workdir)
     context = ts.Context({"cache_pool": {"total_bytes_limit": CHUNK_BYTES}})
     parameters: dict[str, Parameter] = {}
     for path, leaf in flatten(saved).items():
-        name = ".".join(["params", *path.split("/")])
+        name = ".".join([kept_under[path.split("/")[0]], *path.split("/")])
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"},

@@ -468,6 +468,22 @@ def test_decoder_marks_bad_images_and_counts_small_ones(write_shard: WriteShard)
     weights = {int(image[0, 0, 0]): weight for image, weight in zip(*list(batch.fields.values())[::2], strict=True)}
     assert weights == {0: 0.0, 6: 1.0, 8: 1.0, 9: 1.0}
     assert batch.num_upscaled == 1 and [bad.key for bad in batch.bad] == ["1"]
+    assert batch.num_small == 0
+
+
+def test_decoder_leaves_out_and_counts_pictures_below_its_least_side(write_shard: WriteShard) -> None:
+    """Of sides 5, 6, 7 and 8, with 7 asked for: two are left out, and they are no bad samples."""
+    members = [
+        (f"{i}.{suffix}", data) for i in range(4) for suffix, data in (("png", picture(9 - i, 5 + i)), ("txt", b"x"))
+    ]
+    config = DataConfig(sources=(_source(write_shard("a.tar", members)),))
+    pipeline = open_image_pipeline(config, image_size=6, batch_images=4, random_scale_max=1.0, min_image_side=7)
+    batch = next(iter(pipeline.iterate()))
+    left = {
+        int(size) for size, weight in zip(batch.fields["time_ids"][:, 0], batch.fields["weight"], strict=True) if weight
+    }
+    assert left == {7, 8} and batch.fields["weight"].sum() == 2.0
+    assert (batch.num_small, batch.num_upscaled, batch.bad) == (2, 0, ())
 
 
 def test_decoder_needs_pairs(three_kinds: tuple[SourceConfig, ...]) -> None:
