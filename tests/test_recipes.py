@@ -243,6 +243,7 @@ def test_model_data_and_decoder_settings_are_the_papers() -> None:
         "emu2_37b_stage1b": 448,
         "emu2_37b_stage2": 448,
         "emu2_37b_decoder": 448,
+        "emu2_37b_decoder_512": 448,
         "emu2_37b_video_decoder": 448,
     }
     for name in PRETRAINING:

@@ -30,8 +30,10 @@ from emu2_jax.task import Batch, Losses, Params, Term
 #: The noise loss is also logged by this many equal ranges of timesteps.
 NUM_NOISE_LEVELS = 4
 
+#: What predicts from noisy latents, timesteps and conditions: called as `UNet` is.
+Denoiser = Callable[..., Array]
 #: Makes the network that denoises from settings, all parameters and the dtype of its products.
-Network = Callable[[DecoderConfig, Params, str], UNet]
+Network = Callable[[DecoderConfig, Params, str], Denoiser]
 
 
 class DecoderTask:
@@ -49,9 +51,8 @@ class DecoderTask:
         self.decoder = config.decoder
         self.coefficients: Mapping[str, float] = {"noise": 1.0}
         self.network: Network = image_network
-        self.frames = (
-            1  #: neighbouring images of a batch that have one timestep, and keep or lose the condition together
-        )
+        #: Neighbouring images of a batch that have one timestep, and keep or lose the condition together.
+        self.frames = 1
 
     rows_are_independent = False  # the draws of a batch come from one key
 
@@ -184,7 +185,7 @@ def init_unet(config: DecoderConfig, key: PRNGKeyArray) -> Params:
     return nnx.to_pure_dict(nnx.state(_build_unet(config, "float32", nnx.Rngs(params=key)), nnx.Param))
 
 
-def image_network(config: DecoderConfig, params: Params, compute_dtype: str) -> UNet:
+def image_network(config: DecoderConfig, params: Params, compute_dtype: str) -> Denoiser:
     """The U-Net alone: every image of a batch by itself (`Network`)."""
     return merge_unet(config, params["unet"], compute_dtype)
 
