@@ -98,11 +98,11 @@ def encode(mesh: MeshConfig, devices: list[jax.Device]) -> tuple[str, np.ndarray
     config = dataclasses.replace(tiny.CONFIG, mesh=mesh)
     laid = sharding.make_mesh(mesh, devices)
     params = {"visual_encoder": tiny.random_parameters(tiny.task().init)["visual_encoder"]}
-    params = jax.device_put(params, sharding.parameter_shardings(params, laid))["visual_encoder"]
+    params = jax.device_put(params, sharding.parameter_shardings(params, laid))
     pictures = np.random.default_rng(3).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
     run = compiled(config, laid, crops=False)
     found = run(params, jax.device_put(pictures, sharding.batch_sharding(laid)))[EMBEDDINGS]
-    return fingerprint(params), np.asarray(found, np.float32)
+    return fingerprint(params["visual_encoder"]), np.asarray(found, np.float32)
 
 
 def distance(a: Run, b: Run) -> dict[str, float]:

@@ -233,7 +233,7 @@ def rms_norm_less_the_mean(patch: Patch) -> None:
 
 def no_final_norm(patch: Patch) -> None:
     def call(self: Any, x: Any, positions: Any, mask: Any, **how: Any) -> jax.Array:
-        return self.blocks.scan(lambda block, x, _: (block(x, positions, mask)[0], None), x)[0]
+        return self.blocks.scan(lambda block, x, _: (block(x, positions, mask), None), x)[0]
 
     patch.setattr(llama.LanguageModel, "__call__", call)
 

@@ -33,7 +33,7 @@ def sources(write_shard: WriteShard) -> tuple[SourceConfig, ...]:
         pairs = write_shard(f"pairs-{shard}.tar", members)
     texts = write_shard("texts.tar", [(f"t{i}.txt", " ".join(WORDS[: 1 + i % 9]).encode()) for i in range(40)])
     return (
-        SourceConfig(name="pairs", kind="image_text", shards=pairs.replace("-2", "-*"), weight=2.0),
+        SourceConfig(name="pairs", kind="image_text", shards=pairs.replace("pairs-2", "pairs-*"), weight=2.0),
         SourceConfig(name="texts", kind="text", shards=texts),
     )
 
