@@ -195,7 +195,8 @@ class _Watch:
 
     def end_all(self, error: Exception) -> NoReturn:
         """Say why this host ends, to the user and to the other hosts, and exit."""
-        lost = isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)) is not None
+        # jax raises what its transport says as one of several types, Orbax wraps it.
+        lost = not isinstance(error, UserError) and _LOST.search(str(error)) is not None
         if lost:
             time.sleep(_GRACE_S)  # when the other host could still say why, its words count, not ours
         if self._ending:

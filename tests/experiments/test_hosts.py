@@ -135,7 +135,7 @@ def common(corpus: Path, gin_file: Path) -> list[str | Path]:
         f"--gin.data.sources.interleaved.shards={corpus}/train/interleaved-*.tar",
         f"--gin.data.sources.text.shards={corpus}/train/text-*.tar",
         *("--gin.train.init_from=None", f"--gin.train.num_steps={NUM_STEPS}", "--gin.checkpoint.every_steps=2"),
-        *("--gin.objective.visual_input_noise=0.1", "--gin.optimizer.frozen=()", "--gin.data.global_batch_rows=4"),
+        *("--gin.optimizer.frozen=()", "--gin.data.global_batch_rows=4"),
     ]
 
 
@@ -172,7 +172,10 @@ def history(common: list[str | Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_the_run_ends_where_an_undisturbed_one_does(history: History) -> None:
-    """On 2, 4 and 1 processes, on three meshes: losses to the tolerance, everything that is counted exactly."""
+    """On 2, 4 and 1 processes, on three meshes: losses to the tolerance, everything that is counted exactly.
+
+    Without `visual_input_noise`, whose draws depend on how rows lie on the mesh.
+    """
     assert history.finished_code == 0, history.finished
     ours, theirs = by_step(history.workdir), by_step(history.undisturbed)
     assert list(ours) == list(theirs) == list(range(1, NUM_STEPS + 1))
