@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -25,13 +26,30 @@ TINY = """\
 model.vision.width = 16
 model.vision.num_layers = 1
 model.vision.mlp_width = 24
-decoder.unet.block_out_channels = (16, 32)
+decoder.unet.block_out_channels = (16,)
+decoder.unet.transformer_layers_per_block = (1,)
+decoder.unet.num_attention_heads = (2,)
 decoder.unet.cross_attention_width = 16
 decoder.num_sampling_steps = 2
 decoder.batch_images = 2
 data.read_threads = 0
 train.log_every_steps = 1
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Several runs here take the same step."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
