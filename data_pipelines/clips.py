@@ -125,12 +125,13 @@ def open_clip_pipeline(
     batch_clips: int,
     timing: Timing,
     random_scale_max: float,
+    min_image_side: int | None = None,
     hosts: int = 1,
     host: int | Sequence[int] = 0,
 ) -> ClipPipeline:
     """Opens the video-text sources of `config` for the video decoder; sources of other kinds are left aside.
 
-    Raises as `open_pipeline`.
+    Videos with a side shorter than `min_image_side` are left out, and counted. Raises as `open_pipeline`.
     """
     videos = [source for source in config.sources if source.kind == "video_text"]
     if not videos:
@@ -152,6 +153,7 @@ def open_clip_pipeline(
         image_size=image_size,
         batch_images=batch_clips,
         random_scale_max=random_scale_max,
+        min_image_side=min_image_side or 0,
         hosts=hosts,
         host=host,
         timing=timing,

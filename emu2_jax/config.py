@@ -506,7 +506,9 @@ def _validate_decoder(config: ExperimentConfig) -> None:
         _require(len(getattr(unet, field_name)) == levels, path, f"needs {levels} entries, one per level of the U-Net")
     _require_positive(decoder, "decoder", "latent_factor", "num_sampling_steps", "num_train_timesteps", "batch_images")
     _require_positive(decoder, "decoder", "vae_chunks")
-    images = decoder.batch_images // config.optimizer.accumulation_steps
+    clips = config.train.task == "video_decoder"
+    images = decoder.video.batch_clips * decoder.video.num_frames if clips else decoder.batch_images
+    images //= config.optimizer.accumulation_steps
     _require(images % decoder.vae_chunks == 0, "decoder.vae_chunks", f"must divide the {images} images of a batch")
     least = decoder.min_image_side
     _require(least is None or least >= 1, "decoder.min_image_side", "must be at least 1; None = no picture is left out")

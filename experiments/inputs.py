@@ -232,6 +232,7 @@ def open_input(
             batch_clips=config.decoder.video.batch_clips,
             timing=timing(config),
             random_scale_max=config.decoder.random_scale_max,
+            min_image_side=config.decoder.min_image_side,
             hosts=shares.count,
             host=shares.mine,
         )

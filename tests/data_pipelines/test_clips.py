@@ -118,6 +118,12 @@ def test_batches_are_a_function_of_the_step_and_what_cannot_be_used_has_no_weigh
         assert (batch.fields["images"][empty] == 0).all()
 
 
+def test_videos_that_are_too_small_are_left_out_and_counted(shard: str) -> None:
+    batch = pipeline(shard, min_image_side=65).batch(0)
+    assert batch.num_small == 4 - len(batch.bad)
+    assert batch.fields["weight"].sum() == 0
+
+
 def test_two_hosts_share_the_clips_of_one(shard: str) -> None:
     whole = pipeline(shard).batch(1).fields
     halves = [pipeline(shard, hosts=2, host=host).batch(1).fields for host in (0, 1)]
