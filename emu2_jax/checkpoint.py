@@ -195,8 +195,11 @@ def _together(read: Callable[[], T]) -> tuple[T | None, str]:
     result, problem = None, None
     try:
         result = read()
-    except _UNREADABLE as error:
-        problem = _first_line(error)
+    except Exception as error:
+        # An array that lies in several shards: a bare Exception, around what was wrong.
+        if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
+            raise
+        problem = _first_line(error.__cause__ or error)
     problems = {host: told for host, told in enumerate(hosts.gather("read", problem)) if told is not None}
     if not problems:
         return result, ""
@@ -317,5 +320,5 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
