@@ -98,8 +98,7 @@ class ObjectiveConfig:
     supervise_image_start: bool = True  #: **open**; whether predicting [IMG] carries loss (Emu1: no)
     supervise_image_end: bool = True  #: **open**; whether predicting [/IMG] carries loss (Emu1: no)
     regress_image_end: bool = False  #: **open**; Emu1's N+1st target: regress the [/IMG] token embedding
-    #: Std of noise on visual inputs, relative to their own std; against exposure bias. Its draws depend on the mesh.
-    visual_input_noise: float = 0.0
+    visual_input_noise: float = 0.0  #: std of noise on visual inputs, relative to their own std; against exposure bias
     vocab_block_positions: int | None = 512  #: positions of a row whose logits exist at once; None = all
 
 

@@ -42,8 +42,10 @@ _PATIENCE_MS = 7 * 24 * 3600 * 1000
 _GRACE_S = 3.0
 _FAILURE = "emu2/failure"
 
-#: What XLA raises when a peer of a collective is gone (gloo, NCCL, the coordinator). It has no error class for it.
-_LOST = re.compile(r"gloo|nccl|closed by peer|socket closed|unavailable|deadline.exceeded|heartbeat", re.IGNORECASE)
+#: What XLA says when a peer of a collective, or the coordinator, is gone. It has no error class for it; of a collective
+#: it raises one of several, so the transport's name must do.
+_LOST = re.compile(r"closed by peer|socket closed|unavailable|deadline.exceeded|heartbeat", re.IGNORECASE)
+_LOST_IN_COLLECTIVE = re.compile(r"\bgloo\b|\bnccl\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +197,7 @@ class _Watch:
 
     def end_all(self, error: Exception) -> NoReturn:
         """Say why this host ends, to the user and to the other hosts, and exit."""
-        # jax raises what its transport says as one of several types, Orbax wraps it.
-        lost = not isinstance(error, UserError) and _LOST.search(str(error)) is not None
+        lost = _is_loss(error)
         if lost:
             time.sleep(_GRACE_S)  # when the other host could still say why, its words count, not ours
         if self._ending:
@@ -211,6 +212,14 @@ class _Watch:
         _tell({"host": index(), "code": code, "text": text})
         _say(text)
         _exit(code)
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether this host fails because another one is gone."""
+    if isinstance(error, UserError):
+        return False
+    told = isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error))
+    return bool(told or _LOST_IN_COLLECTIVE.search(str(error)))
 
 
 def _tell(failure: Mapping[str, Any] | None) -> None:

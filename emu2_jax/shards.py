@@ -83,9 +83,10 @@ def _gather_backward(dimension: int, region: Region, like: Array, gradient: Arra
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def own_key(key: PRNGKeyArray) -> PRNGKeyArray:
-    """A key of this device's rows: without it, every device would draw the same for different rows."""
-    return key if _region.get() is None else jax.random.fold_in(key, jax.lax.axis_index(ROWS))
+def row_keys(key: PRNGKeyArray, rows: int) -> PRNGKeyArray:
+    """A key for each of these `rows`, by its number in the whole batch: what is drawn is the same on any mesh."""
+    first = 0 if _region.get() is None else jax.lax.axis_index(ROWS) * rows
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(rows))
 
 
 Gradients = Callable[..., tuple[Any, Any]]

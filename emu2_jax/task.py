@@ -35,7 +35,8 @@ class Task(Protocol):
     #: Coefficient of each loss term in the total loss: total = sum over terms of coefficient * sum / weight.
     coefficients: Mapping[str, float]
 
-    #: Whether no row of a batch is read for another one, so that each device can work on its own with a key of its own.
+    #: Whether no row of a batch is read for another one, so that each device can work on its own. `losses` then draws
+    #: with a key for each row, `emu2_jax.shards.row_keys`.
     rows_are_independent: bool
 
     def init(self, key: PRNGKeyArray) -> Params:

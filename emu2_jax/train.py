@@ -84,7 +84,7 @@ def make_step(
         trained: Params, frozen: Params, batch: Batch, key: Array, weights: Mapping[str, Array]
     ) -> tuple[Params, Losses]:
         def loss(trained: Params, batch: Batch, key: Array) -> tuple[Array, Losses]:
-            out = task.losses(shards.whole({**trained, **frozen}), batch, shards.own_key(key))
+            out = task.losses(shards.whole({**trained, **frozen}), batch, key)
             total = sum(task.coefficients[name] * _mean(term.sum, weights[name]) for name, term in out.terms.items())
             return jnp.asarray(total), out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import jax
 import pytest
 
 from emu2_jax import hosts
@@ -91,3 +92,11 @@ def test_an_error_of_one_host_is_not_alike_on_all(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hosts, "count", lambda: 2)
     assert not hosts.is_alike(DataError("a shard"))
     assert hosts.is_alike(HostsError("jax"))
+
+
+def test_a_lost_host_is_told_from_a_mistake() -> None:
+    gloo = "Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:224"
+    assert hosts._is_loss(ValueError(f"UNKNOWN: {gloo}"))  # as XLA's CPU client raises it
+    assert hosts._is_loss(jax.errors.JaxRuntimeError("UNAVAILABLE: the coordination service"))
+    assert not hosts._is_loss(ValueError("the attribute is unavailable"))
+    assert not hosts._is_loss(DataError("shard gloo.tar: is damaged"))

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from emu2_jax import losses as objective_lib
+from emu2_jax import shards
 from emu2_jax.config import ExperimentConfig, ModelConfig, ObjectiveConfig, VisionConfig
 from emu2_jax.models import attention, eva_vit, layers, llama
 from emu2_jax.task import Batch, Losses, Params, Term
@@ -167,7 +168,8 @@ class PretrainTask:
         model = merge(self.model, params)
         if self.objective.visual_input_noise and key is not None:
             scale = self.objective.visual_input_noise * jax.lax.stop_gradient(embeddings.std(axis=-1, keepdims=True))
-            embeddings = embeddings + scale * jax.random.normal(key, embeddings.shape)
+            keys = shards.row_keys(key, len(embeddings))
+            embeddings = embeddings + scale * jax.vmap(lambda own: jax.random.normal(own, embeddings.shape[1:]))(keys)
         visual_inputs = model.project_up(embeddings.astype(dtype))
         tokens = model.language_model.embed(batch["tokens"], dtype)
         x = interleave(tokens, visual_inputs, batch["is_visual"], batch["visual_index"])
