@@ -300,7 +300,7 @@ class Loop:
         )
         profiler = Profiler(config.train.profile_steps, self.workdir, self.say)
         batches = self.data.iterate(start)
-        compiled: set[Any] = set()  # batch shapes that the step was called with
+        compiled: dict[Any, Callable[[State, Batch], tuple[State, dict[str, Any]]]] = {}  # by batch shapes
         goodput.lap("start")
         for step in range(start + 1, num_steps + 1):
             if profiler.before(step):
@@ -310,10 +310,12 @@ class Loop:
             placed = place(batch.arrays)
             shapes = {name: array.shape for name, array in placed.items()}
             goodput.lap("step")
-            state, log = self.program.step(state, placed)
-            new = tuple(shapes.items())
-            goodput.lap("step" if new in compiled else "compile")
-            compiled.add(new)
+            key = tuple(shapes.items())
+            is_new = key not in compiled
+            if is_new:
+                compiled[key] = self._compile(state, placed)
+            state, log = compiled[key](state, placed)
+            goodput.lap("compile" if is_new else "step")
             monitor.push(step, log, shapes, batch, waited)
             goodput.lap("step")
             if profiler.ends_with(step):
@@ -335,6 +337,17 @@ class Loop:
             if stopping and step < num_steps:
                 raise Stopped(f"stopped by a signal after step {step}; the same command goes on from there")
         return state
+
+    def _compile(self, state: State, batch: Batch) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
+        """The step for batches of these shapes.
+
+        Hosts go on together: one that comes to the first collective while another still compiles gives up waiting.
+        """
+        if hosts.count() == 1 or not hasattr(self.program.step, "lower"):  # a step that was kept needs no compiling
+            return self.program.step
+        compiled = self.program.step.lower(state, batch).compile()
+        hosts.wait("compiled")
+        return compiled
 
     def _save(self, step: int, state: State) -> None:
         self.goodput.lap("step")
