@@ -177,8 +177,7 @@ def history(common: list[str | Path], cache: Path, tmp_path_factory: pytest.Temp
 
     # What host 1 has written of the newest checkpoint is lost. Not all hosts miss it.
     shutil.rmtree(workdir / "checkpoints" / f"{stopped_at:08d}" / "state" / "ocdbt.process_1")
-    # Two hosts read the same rows.
-    four = start([*settings, "--gin.mesh.tensor=2", "--heartbeat_timeout_s=20"], hosts=4, devices=1, cache=cache)
+    four = start([*settings, "--gin.mesh.data=2", "--heartbeat_timeout_s=20"], hosts=4, devices=1, cache=cache)
     wait_for_step(four, workdir, stopped_at + 1)
     four.processes[2].kill()
     began = time.monotonic()
