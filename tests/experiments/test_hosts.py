@@ -1,7 +1,7 @@
 """Several hosts, for real: processes on loopback with devices of their own, started as a user starts them.
 
-One run goes through everything that can happen to it: two hosts, of which one gets SIGTERM; then four on another mesh,
-of which one is killed, after the newest checkpoint was damaged; then one process to the end. It must be the run of a
+One run goes through everything that can happen to it: two hosts, of which one gets SIGTERM; then four with a device each,
+of which one is killed, after the newest checkpoint was damaged; then one process, on one device, to the end. It must be the run of a
 process that was never disturbed. All share jax's compilation cache: what one run has compiled the next one of its mesh
 does not.
 """
@@ -177,7 +177,7 @@ def history(common: list[str | Path], cache: Path, tmp_path_factory: pytest.Temp
 
     # What host 1 has written of the newest checkpoint is lost. Not all hosts miss it.
     shutil.rmtree(workdir / "checkpoints" / f"{stopped_at:08d}" / "state" / "ocdbt.process_1")
-    four = start([*settings, "--gin.mesh.data=2", "--heartbeat_timeout_s=20"], hosts=4, devices=1, cache=cache)
+    four = start([*settings, "--heartbeat_timeout_s=20"], hosts=4, devices=1, cache=cache)
     wait_for_step(four, workdir, stopped_at + 1)
     four.processes[2].kill()
     began = time.monotonic()
@@ -195,7 +195,7 @@ def history(common: list[str | Path], cache: Path, tmp_path_factory: pytest.Temp
 
 
 def test_the_run_ends_where_an_undisturbed_one_does(history: History) -> None:
-    """On 2, 4 and 1 processes, on three meshes: losses to the tolerance, everything that is counted exactly."""
+    """On 2, 4 and 1 processes, on 4, 4 and 1 devices: losses to the tolerance, everything that is counted exactly."""
     assert history.finished_code == 0, history.finished
     ours, theirs = by_step(history.workdir), by_step(history.undisturbed)
     assert list(ours) == list(theirs) == list(range(1, NUM_STEPS + 1))
