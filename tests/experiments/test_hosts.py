@@ -1,9 +1,9 @@
 """Several hosts, for real: processes on loopback with devices of their own, started as a user starts them.
 
-One run goes through everything that can happen to it: two hosts, of which one gets SIGTERM; then four with a device each,
-of which one is killed, after the newest checkpoint was damaged; then one process, on one device, to the end. It must be the run of a
-process that was never disturbed. All share jax's compilation cache: what one run has compiled the next one of its mesh
-does not.
+One run goes through everything that can happen to it: two hosts, of which one gets SIGTERM; then four with a device
+each, of which one is killed, after the newest checkpoint was damaged; then one process, on one device, to the end. It
+must be the run of a process that was never disturbed. All share jax's compilation cache: what one run has compiled the
+next one of its mesh does not.
 """
 
 from __future__ import annotations
