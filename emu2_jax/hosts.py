@@ -184,8 +184,7 @@ class _Watch:
             return  # The coordinator is gone, or we are leaving; jax ends this process in the first case.
         if not self._ending and told is not None:
             self._ending = True
-            _say(f"host {told['host']} failed, so this one ends too: {told['text']}")
-            _exit(told["code"])
+            _exit(told["code"], f"host {told['host']} failed, so this one ends too: {told['text']}")
 
     def leave(self) -> None:
         """In good order: when all hosts have come this far, nobody needs to be watched, and all disconnect."""
@@ -210,8 +209,7 @@ class _Watch:
         elif not isinstance(error, UserError):
             traceback.print_exception(error)
         _tell({"host": index(), "code": code, "text": text})
-        _say(text)
-        _exit(code)
+        _exit(code, text)
 
 
 def _is_loss(error: Exception) -> bool:
@@ -234,10 +232,14 @@ def _say(text: str) -> None:
     print(f"{'' if index() else chr(10)}emu2: {name()}: {text}", file=sys.stderr, flush=True)
 
 
-def _exit(code: int) -> NoReturn:
-    """Out: nothing that would wait for the other hosts is run. Host 0 carries all words, and goes last."""
+def _exit(code: int, text: str) -> NoReturn:
+    """Out: nothing that would wait for the other hosts is run. Host 0 carries all words, and goes last.
+
+    What it says comes last, too, after the progress bar that the training thread may still close meanwhile.
+    """
     if index() == 0:
         time.sleep(_GRACE_S)
+    _say(text)
     os._exit(code)
 
 
