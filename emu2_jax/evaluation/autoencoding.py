@@ -117,8 +117,11 @@ def ssim(
     image: Float[np.ndarray, "images S S 3"], truth: Float[np.ndarray, "images S S 3"]
 ) -> Float[np.ndarray, " images"]:
     """Structural similarity of images in [0, 1], mean over windows of 11 x 11 (Gaussian, 1.5) and colours."""
-    one = jax.jit(lambda pair: dm_pix.ssim(pair[0], pair[1], filter_size=SSIM_WINDOW))
-    return np.array([one(pair) for pair in zip(image, truth, strict=True)], np.float64)
+    return np.array([_ssim(*pair) for pair in zip(image, truth, strict=True)], np.float64)
+
+
+#: Of one pair; compiled once for each size, however often pictures are measured.
+_ssim = jax.jit(functools.partial(dm_pix.ssim, filter_size=SSIM_WINDOW))
 
 
 def cosine(a: Float[np.ndarray, "images N E"], b: Float[np.ndarray, "images N E"]) -> Float[np.ndarray, " images"]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +15,27 @@ import pytest
 from command import fail
 from PIL import Image
 
+from emu2_jax import hosts
 from emu2_jax import train as train_lib
-from emu2_jax.checkpoint import FOLDER, Checkpointer, latest_state, load_parts
+from emu2_jax.checkpoint import FOLDER, Checkpointer, latest_state, load_parts, saved_step
+from emu2_jax.errors import ConfigError
 from emu2_jax.metrics import JSONL
 from emu2_jax.train import build_program
 from emu2_jax.weights.parameters import read, whole
 from emu2_jax.weights.stream import open_parameters
 from experiments import cli
 from experiments.inputs import make_task
+from experiments.previews import open_previews
 from experiments.runs import load_config, load_params
 
 NUM_STEPS = 6
 SETTINGS = [
     "--gin.decoder.unet.cross_attention_width=32",
     "--gin.decoder.unet.block_out_channels=(16,)",
-    "--gin.decoder.unet.transformer_layers_per_block=(1,)",
+    "--gin.decoder.unet.transformer_layers_per_block=(0,)",
+    "--gin.decoder.unet.mid_transformer_layers=1",
     "--gin.decoder.unet.num_attention_heads=(1,)",
+    "--gin.decoder.unet.time_id_width=4",
     "--gin.decoder.batch_images=4",
     "--gin.decoder.num_sampling_steps=2",
     f"--gin.train.num_steps={NUM_STEPS}",
@@ -49,11 +56,32 @@ def start(workdir: Path, gin_file: Path, *more: str) -> None:
     run("train", "openmoji_tiny_decoder", "--workdir", workdir, f"--gin_file={gin_file}", *SETTINGS, *more)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Several runs here take the same step and draw with the same sampler."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope="module")
 def finished(gin_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("finished") / "decoder"
     start(workdir, gin_file)
     return workdir
+
+
+@pytest.fixture(scope="module")
+def finished_state(finished: Path) -> Any:
+    return state(finished)
 
 
 def state(workdir: Path) -> Any:
@@ -73,7 +101,7 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_that_broke_off_ends_with_the_same_bits_moving_average_included(
-    finished: Path, gin_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, finished_state: Any, gin_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workdir, place, placed = tmp_path / "decoder", train_lib.BatchPlacer.__call__, []
 
@@ -86,20 +114,19 @@ def test_a_run_that_broke_off_ends_with_the_same_bits_moving_average_included(
     monkeypatch.setattr(train_lib.BatchPlacer, "__call__", break_off)
     with pytest.raises(SystemExit):
         start(workdir, gin_file)
-    assert int(state(workdir)["step"]) == 3
+    assert saved_step(workdir) == 3
     start(workdir, gin_file)
-    jax.tree.map(np.testing.assert_array_equal, state(workdir), state(finished))
+    jax.tree.map(np.testing.assert_array_equal, state(workdir), finished_state)
     assert lines(workdir) == lines(finished)
 
 
-def test_the_moving_average_is_what_a_run_hands_on(finished: Path) -> None:
-    whole_state = state(finished)
-    kept, average = whole_state["params"]["unet"], whole_state["ema"]["unet"]
-    assert set(whole_state["ema"]) == {"unet"}
+def test_the_moving_average_is_what_a_run_hands_on(finished: Path, finished_state: Any) -> None:
+    kept, average = finished_state["params"]["unet"], finished_state["ema"]["unet"]
+    assert set(finished_state["ema"]) == {"unet"}
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(average), strict=True))
     loaded = load_params(finished, load_config(finished))
     jax.tree.map(np.testing.assert_array_equal, loaded["unet"], average)
-    jax.tree.map(np.testing.assert_array_equal, loaded["visual_encoder"], whole_state["params"]["visual_encoder"])
+    jax.tree.map(np.testing.assert_array_equal, loaded["visual_encoder"], finished_state["params"]["visual_encoder"])
     exported = open_parameters(finished)["unet/conv_in/kernel"]
     np.testing.assert_array_equal(read(exported, whole(exported.shape)), average["conv_in"]["kernel"])
     assert latest_state(finished)[2] == {"unet": "ema", "visual_encoder": "params"}
@@ -132,6 +159,15 @@ def test_previews_are_drawn_logged_and_reported(finished: Path) -> None:
     run("report", finished)
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert page.count('alt="previews after step') == 6 and 'alt="previews after step 6"' in page
+
+
+def test_previews_are_refused_on_several_hosts(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(finished)
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"evaluation\.preview_every_steps: previews are drawn on one host only"):
+        open_previews(config, tmp_path)
+    unset = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, preview_every_steps=None))
+    assert open_previews(unset, tmp_path) is None
 
 
 def test_a_decoder_is_evaluated_by_itself(
