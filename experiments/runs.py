@@ -96,7 +96,7 @@ def run_training(
     text = overrides.dump(config, provenance)
     with _alone_in(workdir):
         if hosts.index() == 0:
-            _write_atomically(saved, text)
+            write_atomically(saved, text)
         train(
             *(config, task, program, data, workdir),
             operative_config=text,
@@ -204,7 +204,8 @@ def _check_shared(workdir: Path) -> None:
         )
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

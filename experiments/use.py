@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from experiments.evaluate import DECODER_STAGE, MODEL_STAGE
 from experiments.inputs import open_tokenizer
 from experiments.prompts import IMAGE_SUFFIXES, LinkReader, NamedPrompt
 from experiments.reconstruct_clips import reconstruct_clips
-from experiments.runs import CONFIG, load_config, load_params, override
+from experiments.runs import CONFIG, load_config, load_params, override, write_atomically
 
 SHEET_SUFFIXES = (*sorted(IMAGE_SUFFIXES), ".html")
 VIDEO_STAGE = "video"
@@ -138,7 +137,7 @@ def generate(
             print(texts if len(prompts) == 1 else f"{prompt.name}: {texts}", flush=True)
             lines.append(json.dumps(_record(prompt.name, answer)))
     if out is not None:
-        _write_atomically(out / "answers.jsonl", "\n".join(lines) + "\n")
+        write_atomically(out / "answers.jsonl", "\n".join(lines) + "\n")
 
 
 def _with_progress(opened: Opened, prompts: Sequence[Sequence[Link]], wanted: Wanted) -> list[Answer]:
@@ -263,9 +262,3 @@ def _check_new_picture(path: Path, suffixes: Sequence[str] = tuple(sorted(IMAGE_
         raise UserError(f"{path}: wanted a name that ends in one of {', '.join(suffixes)}")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: is no directory to write a picture into")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
