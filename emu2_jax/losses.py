@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from emu2_jax.config import ObjectiveConfig
+from emu2_jax.models import layers
 from emu2_jax.task import Batch, Term
 
 
@@ -83,7 +84,8 @@ def cross_entropy(
     """Cross-entropy over the vocabulary, `block_positions` positions of each row at a time.
 
     Logits of one block exist at once (float32, B x block x V) and are recomputed in the backward pass: at the 37B
-    model's size the logits of whole rows would take more memory than the rest of the activations.
+    model's size the logits of whole rows would take more memory than the rest of the activations. Those of a single
+    block are kept. A token is the likeliest when none is likelier.
     """
     rows, length, _ = hidden.shape
     block = min(block_positions or length, length)
@@ -94,17 +96,20 @@ def cross_entropy(
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, num_blocks, block, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def add_block(sums: tuple[Array, Array], xs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
         hidden, tokens, weights = xs
-        logits = jnp.einsum("btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = layers.product(hidden, head.astype(hidden.dtype), 1, jnp.float32)
         target = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         nll = jax.nn.logsumexp(logits, axis=-1) - target
-        correct = logits.argmax(-1) == tokens
+        correct = logits.max(-1) == target
         return (sums[0] + (nll * weights).sum(), sums[1] + (correct * weights).sum()), None
 
     zero = jnp.zeros((), jnp.float32)
-    (loss, correct), _ = jax.lax.scan(add_block, (zero, zero), (blocks(hidden), blocks(tokens), blocks(weights)))
+    if num_blocks == 1:
+        (loss, correct), _ = add_block((zero, zero), (hidden, tokens, weights))
+    else:
+        xs = blocks(hidden), blocks(tokens), blocks(weights)
+        (loss, correct), _ = jax.lax.scan(jax.checkpoint(add_block), (zero, zero), xs)
     weight = weights.sum()
     return CrossEntropy(loss=Term(loss, weight), correct=Term(correct, weight))
 

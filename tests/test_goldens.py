@@ -201,16 +201,16 @@ def attention_without_scale(patch: Patch) -> None:
 def attention_scaled_by_the_residual_width(patch: Patch) -> None:
     """Heads of 4 channels where width / num_heads is 3."""
     attend = layers.attend
-    patch.setattr(layers, "attend", lambda q, *rest: attend(q * (4 / 3) ** 0.5, *rest))
+    patch.setattr(layers, "attend", lambda q, *rest, **more: attend(q * (4 / 3) ** 0.5, *rest, **more))
 
 
 def key_heads_in_turn(patch: Patch) -> None:
     """Query head h reads key head h % G instead of h // (H / G)."""
     attend = layers.attend
 
-    def call(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    def call(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, **more: bool) -> jax.Array:
         turns = jnp.array([0, 2, 1, 3])
-        return attend(q[:, :, turns], k, v, mask)[:, :, turns]
+        return attend(q[:, :, turns], k, v, mask, **more)[:, :, turns]
 
     patch.setattr(layers, "attend", call)
 

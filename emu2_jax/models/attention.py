@@ -19,9 +19,6 @@ from emu2_jax.models import layers
 
 Kernel = Literal["auto", "plain", "splash", "cudnn"]
 
-#: `checkpoint_name` of what splash's backward pass reads of the forward pass: mixed values, softmax normalisers.
-CONTEXT = "context"
-
 #: Width of a TPU register: splash wants heads and lengths that are multiples of it.
 LANES = 128
 
@@ -36,7 +33,13 @@ class Packed(NamedTuple):
     segment_ids: Int[Array, "B T"]
 
 
-Mask = Bool[Array, "B T S"] | Packed | None
+class Formed(NamedTuple):
+    """The same, formed."""
+
+    mask: Bool[Array, "B T T"]
+
+
+Mask = Bool[Array, "B T S"] | Packed | Formed | None
 
 
 def platform() -> str:
@@ -57,7 +60,7 @@ def choose(kernel: Kernel, dtype: jnp.dtype) -> Kernel:
 def prepare(mask: Mask, kernel: Kernel, dtype: jnp.dtype) -> Mask:
     """The mask as the kernel reads it: formed once, before the loop over layers, for all kernels but splash."""
     if isinstance(mask, Packed) and choose(kernel, dtype) != "splash":
-        return layers.packed_causal_mask(mask.segment_ids)
+        return Formed(layers.packed_causal_mask(mask.segment_ids))
     return mask
 
 
@@ -76,12 +79,14 @@ def attend(
     kernel = choose(kernel, q.dtype)
     if kernel == "splash" and (mask is None or isinstance(mask, Packed)):
         return _splash(q, k, v, mask)
-    formed = prepare(mask, "plain", q.dtype)
-    assert not isinstance(formed, Packed)
+    prepared = prepare(mask, "plain", q.dtype)
+    assert not isinstance(prepared, Packed)
+    causal = isinstance(prepared, Formed)
+    formed = prepared.mask if isinstance(prepared, Formed) else prepared
     if kernel == "cudnn":
         per_head = None if formed is None else formed[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=per_head, implementation="cudnn")
-    return layers.attend(q, k, v) if formed is None else layers.attend(q, k, v, formed)
+    return layers.attend(q, k, v, formed, causal=causal)
 
 
 def _splash(
@@ -115,7 +120,7 @@ def _splash_kernel(length: int, heads: int, *, causal: bool, interpret: bool) ->
     return splash.make_splash_mha_single_device(
         splash_mask.MultiHeadMask([one] * heads),
         block_sizes=_block_sizes(length),
-        residual_checkpoint_name=CONTEXT,
+        residual_checkpoint_name=layers.CONTEXT,
         interpret=interpret,
     )
 

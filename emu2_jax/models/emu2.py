@@ -185,7 +185,7 @@ class PretrainTask:
         embeddings: Float[Array, "B X E"],
         targets: objective_lib.Targets,
     ) -> tuple[dict[str, Term], dict[str, Term]]:
-        predicted = jnp.einsum("btd,de->bte", hidden, params["project_down"]["kernel"].astype(hidden.dtype))
+        predicted = layers.product(hidden, params["project_down"]["kernel"].astype(hidden.dtype))
         target = jnp.take_along_axis(embeddings, targets.visual_index[:, :, None], axis=1)
         sums = objective_lib.regression(predicted, target, targets.visual_weights)
         cosine_loss = self.objective.regression_cosine_weight * (sums.cosine.weight - sums.cosine.sum)
@@ -193,7 +193,7 @@ class PretrainTask:
         if "image_end" in self.coefficients:
             # Emu1 regresses in the language model's width, Emu2 in the encoder's: the [/IMG] target has no encoder
             # embedding, so this one is compared after `project_up`, where the prediction would be fed back.
-            fed_back = jnp.einsum("bte,ed->btd", predicted, params["project_up"]["kernel"].astype(predicted.dtype))
+            fed_back = layers.product(predicted, params["project_up"]["kernel"].astype(predicted.dtype))
             image_end = params["language_model"]["token_embedding"][self.image_end_id]
             end_target = jnp.broadcast_to(image_end, fed_back.shape)
             terms["image_end"] = objective_lib.regression(fed_back, end_target, targets.image_end_weights).squared_error

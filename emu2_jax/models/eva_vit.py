@@ -55,14 +55,14 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "I P D"], kernel: attention.Kernel = "plain") -> Float[Array, "I P D"]:
         dtype = x.dtype
-        q, k, v = jnp.moveaxis(jnp.einsum("ipd,dchk->ipchk", x, self.qkv[...].astype(dtype)), 2, 0)
+        q, k, v = jnp.moveaxis(layers.product(x, self.qkv[...].astype(dtype)), 2, 0)
         q += self.q_bias[...].astype(dtype)
         v += self.v_bias[...].astype(dtype)
         if self.has_k_bias:
             k += self.k_bias[...].astype(dtype)
         q, k, v = (checkpoint_name(x, name) for x, name in ((q, "query"), (k, "key"), (v, "value")))
         mixed = attention.attend(q, k, v, kernel=kernel)
-        out = jnp.einsum("iphk,hkd->ipd", mixed, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
+        out = layers.product(mixed, self.out[...].astype(dtype), 2) + self.out_bias[...].astype(dtype)
         return checkpoint_name(out, "attention")
 
 
@@ -89,9 +89,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
         dtype = x.dtype
-        inner = jnp.einsum("ipd,df->ipf", x, self.up[...].astype(dtype)) + self.up_bias[...].astype(dtype)
+        inner = layers.product(x, self.up[...].astype(dtype)) + self.up_bias[...].astype(dtype)
         inner = self.activation(checkpoint_name(inner, "up"))
-        out = jnp.einsum("ipf,fd->ipd", inner, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
+        out = layers.product(inner, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
         return checkpoint_name(out, "down")
 
 

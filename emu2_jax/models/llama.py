@@ -40,9 +40,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
         """Queries, keys and values, the first two rotated."""
         dtype = x.dtype
-        q = jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(dtype))
-        k = jnp.einsum("btd,dgk->btgk", x, self.k[...].astype(dtype))
-        v = jnp.einsum("btd,dgk->btgk", x, self.v[...].astype(dtype))
+        q = layers.product(x, self.q[...].astype(dtype))
+        k = layers.product(x, self.k[...].astype(dtype))
+        v = layers.product(x, self.v[...].astype(dtype))
         if self.has_bias:
             q += self.q_bias[...].astype(dtype)
             k += self.k_bias[...].astype(dtype)
@@ -52,7 +52,7 @@ class Attention(nnx.Module):
 
     def combine(self, mixed: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
         """What the heads found, back in the residual width."""
-        return jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(mixed.dtype))
+        return layers.product(mixed, self.out[...].astype(mixed.dtype), 2)
 
     def __call__(
         self,
@@ -77,10 +77,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dtype = x.dtype
-        gate = jnp.einsum("btd,df->btf", x, self.gate[...].astype(dtype))
-        up = jnp.einsum("btd,df->btf", x, self.up[...].astype(dtype))
+        gate = layers.product(x, self.gate[...].astype(dtype))
+        up = layers.product(x, self.up[...].astype(dtype))
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...].astype(dtype))
+        return layers.product(jax.nn.silu(gate) * up, self.down[...].astype(dtype))
 
 
 class Block(nnx.Module):
@@ -141,7 +141,7 @@ class LanguageModel(nnx.Module):
     def logits(self, hidden: Float[Array, "*axes D"]) -> Float[Array, "*axes V"]:
         """Scores over the vocabulary, float32."""
         head = (self.token_embedding[...].T if self.tied_head else self.head[...]).astype(hidden.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+        return layers.product(hidden, head, 1, jnp.float32)
 
 
 def output_head(params: Params) -> Float[Array, "D V"]:

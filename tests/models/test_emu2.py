@@ -400,7 +400,7 @@ def test_model_flops_are_those_of_the_traced_program(
 
 
 def test_a_traced_training_step_costs_three_forward_passes() -> None:
-    """Up to what needs no gradient (the patches) and the recomputed logits; so that "three" is not taken on trust."""
+    """Up to what needs no gradient (the patches) and scores that are computed again; "three" is not taken on trust."""
     task = tiny.task(ObjectiveConfig(vocab_block_positions=None))
     batch = {name: jax.ShapeDtypeStruct(dims, dtype) for name, (dims, dtype) in batch_shapes(2, tiny.ROW_SHAPE).items()}
     params, key = jax.eval_shape(task.init, jax.random.key(0)), jax.eval_shape(lambda: jax.random.key(0))
@@ -411,8 +411,9 @@ def test_a_traced_training_step_costs_three_forward_passes() -> None:
     forward = metrics.count_flops(total, params, batch, key)
     backward_and_forward = metrics.count_flops(jax.grad(total), params, batch, key)
     patches = 2 * (2 * 2 * 16) * (2 * 2 * 3) * 16
-    logits = 2 * (2 * 24) * 32 * 48
-    assert backward_and_forward == 3 * forward - patches + logits
+    scores = 2 * (2 * 24 * 24) * 32 * tiny.CONFIG.model.language.num_layers
+    visual_scores = 2 * (2 * 2 * 17 * 17) * 16 * tiny.CONFIG.model.vision.num_layers
+    assert backward_and_forward == 3 * forward - patches + scores + visual_scores
 
 
 def test_bfloat16_with_recomputation_stays_close_and_sums_in_float32(

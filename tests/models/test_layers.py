@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,39 @@ def test_query_heads_share_key_value_heads_in_runs() -> None:
     v = jnp.array([1.0, 2.0]).reshape(1, 1, 2, 1)
     mixed = layers.attend(jnp.ones((1, 1, 4, 1)), jnp.ones((1, 1, 2, 1)), v)
     np.testing.assert_array_equal(mixed[0, 0, :, 0], [1.0, 1.0, 2.0, 2.0])
+
+
+def by_definition(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """Softmax attention as it is written, left to JAX to differentiate."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1), v)
+
+
+@pytest.mark.parametrize(("length", "causal"), [(24, False), (24, True), (259, False), (259, True)])
+def test_attention_and_its_gradients_equal_the_definition_s(length: int, causal: bool) -> None:
+    """Also where a causal row is worked on in stretches; 259 positions leave the last one shorter."""
+    rng = np.random.default_rng(1)
+    q, k, v, g = (rng.normal(size=(2, length, heads, 8)).astype(np.float32) for heads in (4, 2, 2, 4))
+    mask = layers.packed_causal_mask(jnp.asarray(rng.integers(1, 3, (2, 1)) + (np.arange(length) > length // 2)))
+    q, k, v, g = (jnp.asarray(x) for x in (q, k, v, g))
+    wanted, wanted_gradients = jax.vjp(lambda *x: by_definition(*x, mask), q, k, v)
+    got, gradients = jax.vjp(lambda *x: layers.attend(*x, mask, causal=causal), q, k, v)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    for one, other in zip(gradients(g), wanted_gradients(g), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel_shape", "axes"), [((6, 5), 1), ((6, 2, 3), 1), ((3, 2, 5), 2)])
+def test_a_product_and_its_gradients_are_einsum_s(kernel_shape: tuple[int, ...], axes: int) -> None:
+    rng = np.random.default_rng(2)
+    kernel = jnp.asarray(rng.normal(size=kernel_shape), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 4, *kernel_shape[:axes])), jnp.float32)
+    wanted, pull_wanted = jax.vjp(lambda x, kernel: jnp.tensordot(x, kernel, axes), x, kernel)
+    got, pull = jax.vjp(lambda x, kernel: layers.product(x, kernel, axes), x, kernel)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    for one, other in zip(pull(wanted), pull_wanted(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_query_that_sees_nothing_gives_finite_values_and_gradients() -> None:

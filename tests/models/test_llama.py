@@ -161,7 +161,7 @@ def test_the_tolerance_is_tight_enough_to_see(mistake: Mistake, x: np.ndarray, p
 
 def test_logits_are_float32_products_with_the_untied_head(graphdef: nnx.GraphDef, params: Any) -> None:
     hidden = np.random.default_rng(3).normal(size=(2, CONFIG.width)).astype(np.float32)
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
     np.testing.assert_allclose(model.logits(jnp.asarray(hidden)), hidden @ params["head"], rtol=1e-4, atol=1e-5)
     assert model.logits(jnp.asarray(hidden, jnp.bfloat16)).dtype == jnp.float32
 
