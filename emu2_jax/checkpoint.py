@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from emu2_jax import hosts
 from emu2_jax.config import CheckpointConfig
-from emu2_jax.errors import CheckpointError
+from emu2_jax.errors import CheckpointError, first_line
 from emu2_jax.sharding import path_of
 
 FOLDER = "checkpoints"
@@ -199,7 +199,7 @@ def _together(read: Callable[[], T]) -> tuple[T | None, str]:
         # An array that lies in several shards: a bare Exception, around what was wrong.
         if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
             raise
-        problem = _first_line(error.__cause__ or error)
+        problem = first_line(error.__cause__ or error)
     problems = {host: told for host, told in enumerate(hosts.gather("read", problem)) if told is not None}
     if not problems:
         return result, ""
@@ -318,7 +318,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of a state, by path; optimiser states are left to their parameters."""
     leaves = jax.tree_util.tree_leaves_with_path(tree["params"])
     return {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

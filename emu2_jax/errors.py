@@ -35,3 +35,9 @@ class WeightsError(UserError):
 
 class NotFiniteError(UserError):
     """A network gave numbers that are not finite. The message names the network."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -29,7 +29,7 @@ import jax
 # The key-value store has no public name; Orbax reaches it the same way.
 from jax._src.distributed import global_state
 
-from emu2_jax.errors import HostsError, UserError
+from emu2_jax.errors import HostsError, UserError, first_line
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -121,7 +121,7 @@ def _join(launch: Launch) -> None:
             heartbeat_timeout_seconds=launch.heartbeat_timeout_s,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise HostsError(f"hosts: cannot start: {_first_line(error)}; --coordinator says where host 0 is") from error
+        raise HostsError(f"hosts: cannot start: {first_line(error)}; --coordinator says where host 0 is") from error
     finally:
         giving_up.cancel()
 
@@ -203,9 +203,9 @@ class _Watch:
             self._thread.join()  # it ends this process
         self._ending = True
         code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_HOST_LOST if lost else EXIT_FAILED
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
         if lost:
-            text = f"another host is gone ({_first_line(error)}); the same command goes on from the last checkpoint"
+            text = f"another host is gone ({first_line(error)}); the same command goes on from the last checkpoint"
         elif not isinstance(error, UserError):
             traceback.print_exception(error)
         _tell({"host": index(), "code": code, "text": text})
@@ -313,8 +313,3 @@ def _hosts(numbers: Sequence[int]) -> str:
             runs.append([number])
     text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"host{'s' if len(numbers) > 1 else ''} {text}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

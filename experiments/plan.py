@@ -19,7 +19,7 @@ import jax
 from emu2_jax import optimizer as optimizer_lib
 from emu2_jax import sharding
 from emu2_jax.config import ExperimentConfig, ModelConfig, validate
-from emu2_jax.errors import ConfigError, UserError
+from emu2_jax.errors import ConfigError, UserError, first_line
 from emu2_jax.pods import advice, compiling, hlo, saved_steps
 from emu2_jax.pods import cost as cost_lib
 from emu2_jax.pods.compiling import Buffer, CompiledStep, DoesNotFit, Memory, Shapes
@@ -158,7 +158,7 @@ def refusal(config: ExperimentConfig, topology: Topology, program: Program, shap
     """One line: how much is missing, and the settings that should make it fit."""
     room = topology.generation.hbm_bytes
     if error.used_bytes is None:
-        return f"{config.name} on {topology}: the compiler needs more than {room / GIB:.2f} GiB: {_first_line(error)}"
+        return f"{config.name} on {topology}: the compiler needs more than {room / GIB:.2f} GiB: {first_line(error)}"
     trained = optimizer_lib.split_frozen(config.optimizer, program.abstract_state["params"])[0]
     needs = advice.Needs(
         used=error.used_bytes,
@@ -180,10 +180,6 @@ def refusal(config: ExperimentConfig, topology: Topology, program: Program, shap
         f"{room / GIB:.2f} there are, of which the state takes {needs.state / GIB:.1f}; "
         + (f"should fit with one of: {changes}" if found else "no one setting makes it fit: take a larger slice")
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def as_text(plan: Plan, num_buffers: int = 6) -> str:

@@ -94,14 +94,23 @@ def run_training(
         say(f"{source}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
     preview = open_previews(config, workdir)
     text = overrides.dump(config, provenance)
-    with _alone_in(workdir):
+
+    def keep_config() -> None:
         if hosts.index() == 0:
             write_atomically(saved, text)
+
+    def inspect(params: Params) -> None:
+        data.check_encoder(params)
+        keep_config()  # allowed changes, now that the checkpoint has been taken up with them
+
+    with _alone_in(workdir):
+        if not saved.exists():
+            keep_config()
         train(
             *(config, task, program, data, workdir),
             operative_config=text,
             say=say,
-            inspect=data.check_encoder,
+            inspect=inspect,
             goodput=goodput,
             preview=preview,
         )

@@ -237,6 +237,7 @@ def test_a_changed_model_leaves_the_checkpoints_where_they_are(
 ) -> None:
     workdir = shutil.copytree(trained, tmp_path / "run")
     before = sorted(path.name for path in (workdir / FOLDER).iterdir())
+    config = (workdir / "config.gin").read_text(encoding="utf-8")
     wider = tmp_path / "wider.gin"
     text = gin_file.read_text(encoding="utf-8").replace("language.mlp_width = 48", "language.mlp_width = 64")
     wider.write_text(text, encoding="utf-8")
@@ -244,6 +245,7 @@ def test_a_changed_model_leaves_the_checkpoints_where_they_are(
     line = command.fail(train(workdir, wider, *flags), capsys)
     assert "of another model" in line and "mlp" in line
     assert sorted(path.name for path in (workdir / FOLDER).iterdir()) == before
+    assert (workdir / "config.gin").read_text(encoding="utf-8") == config
 
 
 def test_the_name_of_a_recipe_stays(gin_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
