@@ -33,13 +33,7 @@ class Packed(NamedTuple):
     segment_ids: Int[Array, "B T"]
 
 
-class Formed(NamedTuple):
-    """The same, formed."""
-
-    mask: Bool[Array, "B T T"]
-
-
-Mask = Bool[Array, "B T S"] | Packed | Formed | None
+Mask = Bool[Array, "B T S"] | Packed | None
 
 
 def platform() -> str:
@@ -60,7 +54,7 @@ def choose(kernel: Kernel, dtype: jnp.dtype) -> Kernel:
 def prepare(mask: Mask, kernel: Kernel, dtype: jnp.dtype) -> Mask:
     """The mask as the kernel reads it: formed once, before the loop over layers, for all kernels but splash."""
     if isinstance(mask, Packed) and choose(kernel, dtype) != "splash":
-        return Formed(layers.packed_causal_mask(mask.segment_ids))
+        return layers.packed_causal_mask(mask.segment_ids)
     return mask
 
 
@@ -79,14 +73,12 @@ def attend(
     kernel = choose(kernel, q.dtype)
     if kernel == "splash" and (mask is None or isinstance(mask, Packed)):
         return _splash(q, k, v, mask)
-    prepared = prepare(mask, "plain", q.dtype)
-    assert not isinstance(prepared, Packed)
-    causal = isinstance(prepared, Formed)
-    formed = prepared.mask if isinstance(prepared, Formed) else prepared
+    formed = prepare(mask, "plain", q.dtype)
+    assert not isinstance(formed, Packed)
     if kernel == "cudnn":
         per_head = None if formed is None else formed[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=per_head, implementation="cudnn")
-    return layers.attend(q, k, v, formed, causal=causal)
+    return layers.attend(q, k, v) if formed is None else layers.attend(q, k, v, formed)
 
 
 def _splash(

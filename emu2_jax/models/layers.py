@@ -125,29 +125,21 @@ def attend(
     v: Float[Array, "B S G K"],
     mask: Bool[Array, "B T S"] | None = None,
     bias: Float[Array, "T S"] | None = None,
-    *,
-    causal: bool = False,
 ) -> Float[Array, "B T H K"]:
     """Scaled dot-product attention, softmax in float32; query head h reads key/value head h // (H / G).
 
     `mask` is True where position t may see position s; None means everywhere. `bias` is added to the scores. A query
-    that may see nothing (padding) gives a finite, meaningless value that no loss reads. With `causal` the mask lets no
-    position see a later one, and most scores of later ones are not computed.
+    that may see nothing (padding) gives a finite, meaningless value that no loss reads.
     """
     groups = k.shape[2]
     q = q.reshape(*q.shape[:2], groups, -1, q.shape[-1])
-    mixed = _mix(causal, q, k, v, mask) if bias is None else _mixed(q, k, v, mask, bias)[0]
+    mixed = _mix(q, k, v, mask) if bias is None else _mix_forward(q, k, v, mask, bias)[0]
     return mixed.reshape(*mixed.shape[:2], -1, mixed.shape[-1])
 
 
 Queries = Float[Array, "B T G R K"]
 Keys = Float[Array, "B S G K"]
 Mask = Bool[Array, "B T S"] | None
-PerQuery = Float[Array, "B G R T"]
-
-#: A causal row is worked on in this many stretches of queries, each with the keys up to its end: 5/8 of the scores.
-#: Rows that are shorter than that many times `SHORTEST_STRETCH` are worked on as a whole.
-STRETCHES, SHORTEST_STRETCH = 4, 64
 
 
 def _scores(q: Queries, k: Keys, mask: Mask, bias: Float[Array, "T S"] | None = None) -> Float[Array, "B G R T S"]:
@@ -157,67 +149,33 @@ def _scores(q: Queries, k: Keys, mask: Mask, bias: Float[Array, "T S"] | None = 
     return scores if mask is None else jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
-def _mixed(
+@jax.custom_vjp
+def _mix(q: Queries, k: Keys, v: Keys, mask: Mask) -> Queries:
+    """Values mixed by the softmax of scores; the backward pass computes a layer's T x S scores again."""
+    return _mix_forward(q, k, v, mask)[0]
+
+
+def _mix_forward(
     q: Queries, k: Keys, v: Keys, mask: Mask, bias: Float[Array, "T S"] | None = None
-) -> tuple[Queries, PerQuery]:
-    """Values mixed by the softmax of scores, and the logarithms of the softmax's sums."""
+) -> tuple[Queries, tuple[Queries, Keys, Keys, Mask, Queries, Float[Array, "B G R T"]]]:
     scores = _scores(q, k, mask, bias)
     log_sums = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.exp(scores - log_sums[..., None]).astype(v.dtype)
-    return jnp.einsum("bgrts,bsgk->btgrk", weights, v), log_sums
+    mixed = checkpoint_name(jnp.einsum("bgrts,bsgk->btgrk", weights, v), CONTEXT)
+    return mixed, (q, k, v, mask, mixed, checkpoint_name(log_sums, CONTEXT))
 
 
-def _gradients(
-    q: Queries, k: Keys, v: Keys, mask: Mask, mixed: Queries, log_sums: PerQuery, gradient: Queries
-) -> tuple[Queries, Keys, Keys]:
+def _mix_backward(
+    kept: tuple[Queries, Keys, Keys, Mask, Queries, Float[Array, "B G R T"]], gradient: Queries
+) -> tuple[Queries, Keys, Keys, None]:
     """Source: FlashAttention (arXiv 2205.14135), appendix B.2."""
+    q, k, v, mask, mixed, log_sums = kept
     weights = jnp.exp(_scores(q, k, mask) - log_sums[..., None])
     of_v = jnp.einsum("bgrts,btgrk->bsgk", weights.astype(v.dtype), gradient)
     of_weights = jnp.einsum("btgrk,bsgk->bgrts", gradient, v, preferred_element_type=jnp.float32)
     means = jnp.moveaxis((gradient.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1), 1, -1)
     of_scores = (weights * (of_weights - means[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
-    return jnp.einsum("bgrts,bsgk->btgrk", of_scores, k), jnp.einsum("bgrts,btgrk->bsgk", of_scores, q), of_v
-
-
-def _stretches(length: int, causal: bool) -> list[tuple[slice, slice]]:
-    """Queries that are worked on together, and the keys that any of them sees."""
-    if not causal or length < STRETCHES * SHORTEST_STRETCH:
-        return [(slice(None), slice(None))]
-    size = -(-length // STRETCHES)
-    return [(slice(start, start + size), slice(0, start + size)) for start in range(0, length, size)]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mix(causal: bool, q: Queries, k: Keys, v: Keys, mask: Mask) -> Queries:
-    """Values mixed by the softmax of scores. Of a layer's T x S scores nothing is kept for the backward pass, which
-    computes them again."""
-    return _mix_forward(causal, q, k, v, mask)[0]
-
-
-def _mix_forward(
-    causal: bool, q: Queries, k: Keys, v: Keys, mask: Mask
-) -> tuple[Queries, tuple[Queries, Keys, Keys, Mask, Queries, PerQuery]]:
-    parts = [
-        _mixed(q[:, own], k[:, seen], v[:, seen], None if mask is None else mask[:, own, seen])
-        for own, seen in _stretches(q.shape[1], causal)
-    ]
-    mixed = checkpoint_name(jnp.concatenate([mixed for mixed, _ in parts], 1), CONTEXT)
-    log_sums = checkpoint_name(jnp.concatenate([log_sums for _, log_sums in parts], -1), CONTEXT)
-    return mixed, (q, k, v, mask, mixed, log_sums)
-
-
-def _mix_backward(
-    causal: bool, kept: tuple[Queries, Keys, Keys, Mask, Queries, PerQuery], gradient: Queries
-) -> tuple[Queries, Keys, Keys, None]:
-    q, k, v, mask, mixed, log_sums = kept
-    of_q, of_k, of_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
-    for own, seen in _stretches(q.shape[1], causal):
-        part = None if mask is None else mask[:, own, seen]
-        rows = q[:, own], k[:, seen], v[:, seen], part, mixed[:, own], log_sums[..., own], gradient[:, own]
-        one, of_seen_k, of_seen_v = _gradients(*rows)
-        of_q.append(one)
-        of_k, of_v = of_k.at[:, seen].add(of_seen_k), of_v.at[:, seen].add(of_seen_v)
-    return jnp.concatenate(of_q, 1), of_k, of_v, None
+    return jnp.einsum("bgrts,bsgk->btgrk", of_scores, k), jnp.einsum("bgrts,btgrk->bsgk", of_scores, q), of_v, None
 
 
 _mix.defvjp(_mix_forward, _mix_backward)

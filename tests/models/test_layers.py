@@ -105,15 +105,12 @@ def by_definition(q: Any, k: Any, v: Any, mask: Any) -> Any:
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1), v)
 
 
-@pytest.mark.parametrize(("length", "causal"), [(24, False), (24, True), (259, False), (259, True)])
-def test_attention_and_its_gradients_equal_the_definition_s(length: int, causal: bool) -> None:
-    """Also where a causal row is worked on in stretches; 259 positions leave the last one shorter."""
+def test_attention_and_its_gradients_equal_the_definition_s() -> None:
     rng = np.random.default_rng(1)
-    q, k, v, g = (rng.normal(size=(2, length, heads, 8)).astype(np.float32) for heads in (4, 2, 2, 4))
-    mask = layers.packed_causal_mask(jnp.asarray(rng.integers(1, 3, (2, 1)) + (np.arange(length) > length // 2)))
-    q, k, v, g = (jnp.asarray(x) for x in (q, k, v, g))
+    q, k, v, g = (jnp.asarray(rng.normal(size=(2, 24, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4))
+    mask = layers.packed_causal_mask(jnp.asarray(rng.integers(1, 3, (2, 1)) + (np.arange(24) > 12)))
     wanted, wanted_gradients = jax.vjp(lambda *x: by_definition(*x, mask), q, k, v)
-    got, gradients = jax.vjp(lambda *x: layers.attend(*x, mask, causal=causal), q, k, v)
+    got, gradients = jax.vjp(lambda *x: layers.attend(*x, mask), q, k, v)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
     for one, other in zip(gradients(g), wanted_gradients(g), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
