@@ -55,6 +55,7 @@ class Case:
     topology: str
     rows_per_chip: int
     remat: Remat
+    vision_remat: Remat | None = None
     data: int = 1  #: copies of the parameters
 
 
@@ -81,23 +82,31 @@ def _stage(base: ExperimentConfig, image_slots: int) -> ExperimentConfig:
 
 
 CASES: Mapping[str, Case] = {
-    "lm33b-v5p-64": Case(config=_language_model(), topology="v5p-128", rows_per_chip=4, remat="dots_with_context"),
+    "lm33b-v5p-64": Case(
+        config=_language_model(), topology="v5p-128", rows_per_chip=4, remat="dots_with_context", data=2
+    ),
     "lm33b-v5p-256": Case(
-        config=_language_model(), topology="v5p-512", rows_per_chip=4, remat="dots_with_context", data=4
+        config=_language_model(), topology="v5p-512", rows_per_chip=4, remat="dots_with_context", data=8
     ),
     "lm33b-v6e-256": Case(
         config=_language_model(), topology="v6e-256", rows_per_chip=1, remat="dots_with_context", data=4
     ),
     "lm33b-v5e-256": Case(config=_language_model(), topology="v5e-256", rows_per_chip=2, remat="full"),
-    "stage1a-v5p-64": Case(config=_stage(pretrain.stage1a(), 24), topology="v5p-128", rows_per_chip=1, remat="full"),
-    "stage1b-v5p-64": Case(config=_stage(pretrain.stage1b(), 24), topology="v5p-128", rows_per_chip=1, remat="full"),
+    "stage1a-v5p-64": Case(
+        config=_stage(pretrain.stage1a(), 24), topology="v5p-128", rows_per_chip=2, remat="dots_with_context",
+        vision_remat="context", data=2,
+    ),
+    "stage1b-v5p-64": Case(
+        config=_stage(pretrain.stage1b(), 24), topology="v5p-128", rows_per_chip=1, remat="dots_with_context",
+        vision_remat="context", data=2,
+    ),
     "stage2-v5p-64-12slots": Case(
-        config=_stage(pretrain.stage2(), 12), topology="v5p-128", rows_per_chip=2, remat="context"
+        config=_stage(pretrain.stage2(), 12), topology="v5p-128", rows_per_chip=2, remat="dots_with_context", data=2
     ),
     "stage2-v5p-64-20slots": Case(
-        config=_stage(pretrain.stage2(), 20), topology="v5p-128", rows_per_chip=2, remat="context"
+        config=_stage(pretrain.stage2(), 20), topology="v5p-128", rows_per_chip=2, remat="dots_with_context", data=2
     ),
-}
+}  # fmt: skip
 
 
 def run(name: str, flags: list[str], hlo_dir: Path | None) -> dict[str, object]:
@@ -106,7 +115,7 @@ def run(name: str, flags: list[str], hlo_dir: Path | None) -> dict[str, object]:
     topology = topologies.find(case.topology)
     config = dataclasses.replace(
         case.config,
-        model=dataclasses.replace(case.config.model, remat=case.remat),
+        model=dataclasses.replace(case.config.model, remat=case.remat, vision_remat=case.vision_remat),
         data=dataclasses.replace(case.config.data, global_batch_rows=case.rows_per_chip * topology.chips),
         mesh=MeshConfig(data=case.data),
     )

@@ -170,6 +170,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0  #: **open** in pretraining; matrices only, never norms or biases
     clip_norm: float | None = 5.0  #: global gradient norm over all trained parts; None = no clipping
     accumulation_steps: int = 1  #: micro-batches per step; the result equals one big batch
+    micro_batch_rows: int | None = None  #: in place of that: as many as keep a device to this many rows at once
     gradient_dtype: Literal["float32", "bfloat16"] | None = None  #: of sums over devices; None = model.compute_dtype
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  #: of Adam's first moment
     ema_decay: float | None = None  #: **open**; a moving average of the trained parts, handed on in their place
@@ -385,6 +386,14 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
 def _validate_optimizer(config: ExperimentConfig) -> None:
     optimizer = config.optimizer
     _require_positive(optimizer, "optimizer", "accumulation_steps")
+    rows = optimizer.micro_batch_rows
+    _require(rows is None or rows >= 1, "optimizer.micro_batch_rows", "must be at least 1; None = accumulation_steps")
+    both = rows is not None and optimizer.accumulation_steps > 1
+    _require(
+        not both, "optimizer.micro_batch_rows", "says how many micro-batches there are; leave accumulation_steps 1"
+    )
+    other = rows is not None and config.train.task != "pretrain"
+    _require(not other, "optimizer.micro_batch_rows", "is for pretraining; a decoder takes accumulation_steps")
     _require(0 <= optimizer.warmup_ratio < 1, "optimizer.warmup_ratio", "must lie in [0, 1)")
     decay = optimizer.ema_decay
     _require(decay is None or 0 < decay < 1, "optimizer.ema_decay", "must lie in (0, 1), 0.9999 say; None = no average")

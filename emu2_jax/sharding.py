@@ -21,7 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from emu2_jax.config import MeshConfig
+from emu2_jax.config import MeshConfig, OptimizerConfig
 from emu2_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
@@ -184,13 +184,21 @@ def row_shares(mesh: Mesh, process: int) -> RowShares:
     return RowShares(count, tuple(mine), counted)
 
 
-def check_batch(rows: int, accumulation_steps: int, mesh: Mesh, path: str) -> None:
+def micro_batches(config: OptimizerConfig, rows: int) -> int:
+    """Micro-batches that a device makes of its `rows` of a batch: equal ones."""
+    most = config.micro_batch_rows
+    if most is None:
+        return config.accumulation_steps
+    return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
+
+
+def check_batch(rows: int, config: OptimizerConfig, mesh: Mesh, path: str) -> None:
     """Raise `ConfigError` unless `rows` divides over micro-batches and devices."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation_steps
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulation_steps
     if rows % shards:
         raise ConfigError(
             f"{path}: {rows} rows do not divide over mesh.data {mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']} x "
-            f"optimizer.accumulation_steps {accumulation_steps}; take a multiple of {shards}"
+            f"optimizer.accumulation_steps {config.accumulation_steps}; take a multiple of {shards}"
         )
 
 

@@ -83,6 +83,20 @@ def _gather_backward(dimension: int, region: Region, like: Array, gradient: Arra
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+def _as_gathered(trained: Any, region: Region) -> Any:
+    """Sharded parameters in the dtype that they are gathered in, so that their gradients are kept in it, too.
+
+    They were rounded to it when they were reduced: float32 would hold nothing more, in twice the memory.
+    """
+    if region.gradient_dtype != region.compute_dtype:
+        return trained
+
+    def cast(key_path: tuple[Any, ...], x: Array) -> Array:
+        return x.astype(region.compute_dtype) if "fsdp" in sharding.rule(sharding.path_of(key_path))[1] else x
+
+    return jax.tree_util.tree_map_with_path(cast, trained)
+
+
 def row_keys(key: PRNGKeyArray, rows: int) -> PRNGKeyArray:
     """A key for each of these `rows`, by its number in the whole batch: what is drawn is the same on any mesh."""
     first = 0 if _region.get() is None else jax.lax.axis_index(ROWS) * rows
@@ -105,7 +119,7 @@ def by_rows(gradients: Gradients, mesh: Mesh, region: Region) -> Gradients:
 
         def local(trained: Any, frozen: Any, batch: Any, key: Array, weights: Any) -> Any:
             with _entered(region):
-                grads, sums = gradients(trained, frozen, batch, key, weights)
+                grads, sums = gradients(_as_gathered(trained, region), frozen, batch, key, weights)
             return jax.tree.map(_sum_over_other_axes, grads, own), jax.lax.psum(sums, ROWS)
 
         return jax.shard_map(

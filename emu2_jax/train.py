@@ -78,10 +78,10 @@ def make_step(
 
     With a mesh, a task of independent rows works on each device's own rows (`emu2_jax.shards`).
     """
-    micro_batches = config.optimizer.accumulation_steps
+    row_shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     def gradients(
-        trained: Params, frozen: Params, batch: Batch, key: Array, weights: Mapping[str, Array]
+        micro_batches: int, trained: Params, frozen: Params, batch: Batch, key: Array, weights: Mapping[str, Array]
     ) -> tuple[Params, Losses]:
         def loss(trained: Params, batch: Batch, key: Array) -> tuple[Array, Losses]:
             out = task.losses(shards.whole({**trained, **frozen}), batch, key)
@@ -90,17 +90,23 @@ def make_step(
 
         return _accumulate(jax.grad(loss, has_aux=True), trained, batch, key, micro_batches)
 
-    if mesh is not None and task.rows_are_independent:
+    def by_rows(micro_batches: int) -> shards.Gradients:
+        in_parts = functools.partial(gradients, micro_batches)
+        if mesh is None or not task.rows_are_independent:
+            return in_parts
         compute_dtype = config.model.compute_dtype
         region = shards.Region(compute_dtype, config.optimizer.gradient_dtype or compute_dtype)
-        gradients = shards.by_rows(gradients, mesh, region)
+        return shards.by_rows(in_parts, mesh, region)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
         trained, frozen = optimizer_lib.split_frozen(config.optimizer, state["params"])
         weights = task.term_weights(batch)
 
-        grads, out = gradients(trained, frozen, batch, key, weights)
+        rows = next(iter(batch.values())).shape[0] // row_shards  # of a device
+        micro_batches = sharding.micro_batches(config.optimizer, rows)
+        grads, out = by_rows(micro_batches)(trained, frozen, batch, key, weights)
+        grads = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), grads, trained)
         updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
         params = {**optax.apply_updates(trained, updates), **frozen}
         log = {"terms": dict(out.terms), "metrics": dict(out.metrics), "grad_norm": optax.tree.norm(grads)}
@@ -123,7 +129,10 @@ def _mean(total: Array, weight: Array) -> Array:
 def _accumulate(
     gradient: Callable[..., tuple[Params, Losses]], trained: Params, batch: Batch, key: Array, micro_batches: int
 ) -> tuple[Params, Losses]:
-    """Sum gradients, losses and metrics over micro-batches. Sums were divided by whole-batch weights beforehand."""
+    """Sum gradients, losses and metrics over micro-batches, in float32 at least.
+
+    Sums were divided by whole-batch weights beforehand.
+    """
     if micro_batches == 1:
         return gradient(trained, batch, key)
 
@@ -139,7 +148,7 @@ def _accumulate(
     micro = jax.tree.map(split, dict(batch))
     first = jax.tree.map(lambda x: x[0], micro)
     shapes = jax.eval_shape(gradient, trained, first, key)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
     return jax.lax.scan(add, zeros, (micro, jnp.arange(micro_batches)))[0]
 
 

@@ -93,10 +93,11 @@ are as for `emu2 train`. Then, to train from it:  --gin.data.sources.NAME.embedd
 
 
 PLAN_EPILOG = """\
-The number in v4-512 and v5p-128 counts TensorCores, two to a chip; in v5e-256 and v6e-256, chips. Examples:
+The number in v4-512 and v5p-128 counts TensorCores, two to a chip; in v5e-256 and v6e-256, chips. Without --gin_file
+and --search, the settings of experiments/meshes for the recipe and the slice are used, where there are any. Examples:
   emu2 plan emu2_37b_stage2 --topology v5p-128
   emu2 plan emu2_37b_stage2 --topology v5p-128 --search --json found.json
-  emu2 plan emu2_37b_stage1a --topology v5e-256 --slices 2 --gin.mesh.data=2
+  emu2 plan emu2_37b_stage1a --topology v5e-256 --slices 2
   emu2 plan emu2_37b_stage2 --topology v5p-128 --source all --save compiled     # for emu2 train --compiled compiled
 """
 
@@ -475,7 +476,12 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> None:
     from experiments import plan as plan_lib
     from experiments.runs import resolve
 
-    config, _ = resolve(arguments.recipe, arguments.gin_file, rest)
+    files = arguments.gin_file
+    settings = None if files or arguments.search else plan_lib.slice_settings(arguments.recipe, topology)
+    if settings is not None:
+        files = [settings]
+        print(f"settings: {settings}, for `emu2 train --gin_file`, too", flush=True)
+    config, _ = resolve(arguments.recipe, files, rest)
     if arguments.search:
         plan_lib.run_search(config, topology, source=arguments.source, json_file=arguments.json)
     else:

@@ -33,6 +33,17 @@ from experiments.inputs import batch_rows, make_task, source_shapes
 GIB = 2**30
 
 
+#: Overrides with which a recipe fits a slice: `stage2_v5p_128.gin`, `stage2_v5e_256_x2.gin` for two slices.
+SLICES = Path(__file__).with_name("meshes")
+
+
+def slice_settings(recipe: str, topology: Topology) -> Path | None:
+    """The override file that lays the recipe on the slice; None where there is none."""
+    slices = f"_x{topology.slices}" if topology.slices > 1 else ""
+    name = f"{recipe.removeprefix('emu2_37b_')}_{topology.name.replace('-', '_')}{slices}.gin"
+    return SLICES / name if (SLICES / name).exists() else None
+
+
 class PlanDoesNotFit(UserError):
     """The step needs more memory than a chip has; the message ends with settings that should make it fit."""
 
@@ -106,7 +117,7 @@ def _prepare(
     devices = topology.devices() if devices is None else devices
     mesh = sharding.make_mesh(config.mesh, devices)
     for path, rows in batch_rows(config).items():
-        sharding.check_batch(rows, config.optimizer.accumulation_steps, mesh, path)
+        sharding.check_batch(rows, config.optimizer, mesh, path)
     name = source or max(batches, key=lambda key: _model_flops(task, batches[key]))
     return build_program(task, config, devices), task, name, batches[name]
 
@@ -140,7 +151,9 @@ def _read(
         units=(math.prod(shapes["tokens"][0]) if tokens else rows) / topology.chips,
         unit="token" if tokens else "image",
         remat=config.model.remat,
-        accumulation_steps=config.optimizer.accumulation_steps,
+        accumulation_steps=sharding.micro_batches(
+            config.optimizer, rows // (program.mesh.shape["data"] * program.mesh.shape["fsdp"])
+        ),
         model_flops=model_flops,
         memory=step.memory,
         cost=cost,
@@ -316,7 +329,9 @@ class Candidate:
             dataclasses.replace(
                 config,
                 model=dataclasses.replace(config.model, remat=self.remat),  # type: ignore[arg-type]
-                optimizer=dataclasses.replace(config.optimizer, accumulation_steps=self.accumulation_steps),
+                optimizer=dataclasses.replace(
+                    config.optimizer, accumulation_steps=self.accumulation_steps, micro_batch_rows=None
+                ),
                 mesh=dataclasses.replace(config.mesh, data=self.data, fsdp=None, tensor=self.tensor),
             )
         )

@@ -6,7 +6,7 @@
 `--dry_run` needs no data: it prints shapes, exact parameter counts, what trains and what is frozen.
 
 The paper's batches count *samples*; a packed row holds several (about 22 image-text pairs at 2048 positions), so
-`global_batch_rows` is the paper's number of samples divided by what a row holds (`samples_per_row`).
+`batch_rows` is the paper's number of samples divided by what a row holds (`samples_per_row`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ VIDEOS_PER_ROW = 3
 GROUNDED_PER_ROW = 17
 
 
+#: Rows of a batch are a multiple of this: they divide over 256 chips, and over 64 in micro-batches of four.
+ROWS_TOGETHER = 256
+
+
 def rows_for(samples: int, samples_per_row: int) -> int:
-    """Packed rows that hold `samples`, rounded up to a multiple of 64 so that the batch divides over a pod slice."""
-    return -(-samples // (samples_per_row * 64)) * 64
+    """Packed rows that hold about `samples`: the nearest multiple of `ROWS_TOGETHER`, at most an eighth away here."""
+    return max(1, round(samples / (samples_per_row * ROWS_TOGETHER))) * ROWS_TOGETHER
 
 
 def stage1a() -> ExperimentConfig:
@@ -71,6 +75,7 @@ def stage1a() -> ExperimentConfig:
             language_model_learning_rate=3e-5,
             visual_encoder_learning_rate=5e-5,
             frozen=("project_down",),  # the regression head: without a regression loss there is nothing to train
+            micro_batch_rows=4,
             warmup_ratio=0.02,
         ),
         mesh=MeshConfig(),
@@ -149,7 +154,7 @@ def stage2() -> ExperimentConfig:
             mixing="one_source_per_step",
             image_first_probability=0.5,
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-5, frozen=("visual_encoder",), warmup_ratio=0.1),
+        optimizer=OptimizerConfig(learning_rate=1e-5, frozen=("visual_encoder",), warmup_ratio=0.1, micro_batch_rows=4),
         mesh=MeshConfig(),
         train=TrainConfig(num_steps=20_350, init_from="runs/emu2_37b_stage1b"),
         checkpoint=CheckpointConfig(every_steps=500, keep=3),

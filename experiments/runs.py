@@ -80,7 +80,7 @@ def run_training(
     _check_devices()
     mesh = sharding.make_mesh(config.mesh)
     for path, rows in batch_rows(config).items():
-        sharding.check_batch(rows, config.optimizer.accumulation_steps, mesh, path)
+        sharding.check_batch(rows, config.optimizer, mesh, path)
     tokenizer = open_tokenizer(config) if config.train.task == "pretrain" else None
     data = _open_in_turn(config, tokenizer, allowed_changes, sharding.row_shares(mesh, jax.process_index()))
     if config.train.init_from is not None and not (workdir / FOLDER).exists():

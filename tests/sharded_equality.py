@@ -133,6 +133,13 @@ def main() -> None:
                 tiny.CONFIG.objective,
             ),
         ),
+        "two rows at a time": distance(
+            train(MeshConfig(), OPTIMIZER, devices[:1], tiny.CONFIG.objective),
+            train(
+                *(MeshConfig(data=2, fsdp=2, tensor=2), dataclasses.replace(OPTIMIZER, micro_batch_rows=2), devices),
+                tiny.CONFIG.objective,
+            ),
+        ),
     }
     moved = jax.tree.map(
         lambda before, after: float(np.abs(before - after).max()), tiny.random_parameters(tiny.task().init), one.params

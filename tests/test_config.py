@@ -44,6 +44,8 @@ def test_a_good_config_comes_back_unchanged(tiny_config: ExperimentConfig) -> No
         ("model.language.attention_head_width", {"model.language.attention_head_width": 0}),
         ("model.language.attention_head_width", {"model.language.attention_head_width": 7}),
         ("optimizer.accumulation_steps", {"optimizer.accumulation_steps": 0}),
+        ("optimizer.micro_batch_rows", {"optimizer.micro_batch_rows": 0}),
+        ("optimizer.micro_batch_rows", {"optimizer.micro_batch_rows": 2, "optimizer.accumulation_steps": 2}),
         ("optimizer.warmup_ratio", {"optimizer.warmup_ratio": 1.0}),
         ("optimizer.warmup_ratio", {"optimizer.warmup_ratio": -0.1}),
         ("train.num_steps", {"train.num_steps": 0}),

@@ -44,6 +44,18 @@ def test_gathers_are_in_half_precision_and_gradients_reduced_as_asked() -> None:
     assert scatter.strip().split(":")[1].startswith("bf16[8,16]")
 
 
+def test_gradients_are_kept_in_the_dtype_that_they_are_reduced_in() -> None:
+    """Twice the memory would hold nothing more. What is not sharded is not reduced in it either, and stays as it is."""
+    for gradient_dtype, kept in (("bfloat16", "bf16"), ("float32", "f32")):
+        last = program(REGION._replace(gradient_dtype=gradient_dtype)).splitlines()
+        (kernel,) = [line for line in last if "psum" in line and "axes=('data',)" in line]
+        assert kernel.strip().split(":")[1].startswith(f"{kept}[4,32]") or kernel.strip().split(":")[1].startswith(
+            f"{kept}[16,8]"
+        ), kernel
+        scale = [line for line in last if "psum" in line and "axes=('data', 'fsdp')" in line]
+        assert any(line.strip().split(":")[1].startswith("f32[32]") for line in scale)
+
+
 def test_what_a_gather_does_not_sum_is_summed_at_the_end() -> None:
     """The kernel is sharded over fsdp: summed over data alone. The scale lies everywhere: over both."""
     text = program(REGION)

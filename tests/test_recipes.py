@@ -261,13 +261,26 @@ def test_model_data_and_decoder_settings_are_the_papers() -> None:
     assert (decoder.prediction, decoder.latent_scale, decoder.latent_factor) == ("epsilon", 0.13025, 8)
 
 
-def test_rows_hold_the_papers_samples_and_divide_over_64_devices() -> None:
-    assert pretrain.rows_for(12_800, 22) == 640  # 582 rows, up to a multiple of 64
-    assert pretrain.rows_for(800, 1) == 832
+def test_rows_hold_the_papers_samples_and_divide_over_256_devices() -> None:
+    """The nearest multiple of 256: with multiples of 64 no number of micro-batches divided all sources' rows."""
+    assert pretrain.rows_for(12_800, 22) == 512  # 582 rows
+    assert pretrain.rows_for(12_800, 17) == 768  # 753
+    assert pretrain.rows_for(800, 1) == 768
+    assert pretrain.rows_for(100, 1) == 256
+    samples = {
+        "emu2_37b_stage1a": {"laion": (6144, 22), "webvid": (768, 3)},
+        "emu2_37b_stage1b": {"laion": (6144, 22), "webvid": (768, 3)},
+        "emu2_37b_stage2": {
+            "image_text": (12_800, 22), "grounded": (12_800, 17), "video_text": (6_400, 3), "mmc4": (3_200, 2),
+            "storyboard": (3_200, 1), "text": (800, 1),
+        },
+    }  # fmt: skip
     for name in PRETRAINING:
         for source in recipes.get(name).data.sources:
+            paper, per_row = samples[name][source.name]
             assert source.batch_rows is not None
-            assert source.batch_rows % 64 == 0
+            assert source.batch_rows % 256 == 0
+            assert abs(source.batch_rows * per_row / paper - 1) <= 1 / 8, source.name
 
 
 def test_sources_are_read_as_the_paper_reads_them() -> None:

@@ -164,9 +164,18 @@ def test_a_mesh_that_does_not_use_all_devices_is_an_error(config: MeshConfig, wa
 
 
 def test_batches_must_divide_over_micro_batches_and_devices() -> None:
-    sharding.check_batch(48, 3, MESH, "data.global_batch_rows")
+    three = OptimizerConfig(accumulation_steps=3)
+    sharding.check_batch(48, three, MESH, "data.global_batch_rows")
     with pytest.raises(ConfigError, match=r"^data\.global_batch_rows: 40 rows .* take a multiple of 24$"):
-        sharding.check_batch(40, 3, MESH, "data.global_batch_rows")
+        sharding.check_batch(40, three, MESH, "data.global_batch_rows")
+
+
+def test_a_device_works_on_no_more_rows_at_once_than_it_is_told() -> None:
+    at_most = OptimizerConfig(micro_batch_rows=4)
+    assert {rows: sharding.micro_batches(at_most, rows) for rows in (1, 4, 5, 6, 8, 12, 50)} == {
+        1: 1, 4: 1, 5: 5, 6: 2, 8: 2, 12: 3, 50: 25,
+    }  # fmt: skip
+    assert sharding.micro_batches(OptimizerConfig(accumulation_steps=3), 12) == 3
 
 
 def test_a_frozen_vae_stays_in_float32_and_has_no_moments() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float, Int
@@ -68,17 +69,23 @@ def attend(
 ) -> Float[Array, "B T H K"]:
     """Scaled dot-product attention, softmax in float32; query head h reads key/value head h // (H / G).
 
-    A mask that is given in full is for `plain` and `cudnn`: it is what decoding with a cache needs.
+    A mask that is given in full is for `plain` and `cudnn`: it is what decoding with a cache needs. The operands get
+    their `checkpoint_name` here, in the layout that the kernel reads: what is kept for the backward pass is kept so.
     """
     kernel = choose(kernel, q.dtype)
     if kernel == "splash" and (mask is None or isinstance(mask, Packed)):
         return _splash(q, k, v, mask)
+    q, k, v = _named(q, k, v)
     formed = prepare(mask, "plain", q.dtype)
     assert not isinstance(formed, Packed)
     if kernel == "cudnn":
         per_head = None if formed is None else formed[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=per_head, implementation="cudnn")
     return layers.attend(q, k, v) if formed is None else layers.attend(q, k, v, formed)
+
+
+def _named(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
 
 def _splash(
@@ -93,7 +100,7 @@ def _splash(
         return filled.transpose(0, 2, 1, 3)
 
     run = _splash_kernel(length + padding, heads, causal=mask is not None, interpret=platform() != "tpu")
-    q, k, v = (as_splash_reads(x) for x in (q * width**-0.5, k, v))
+    q, k, v = _named(*(as_splash_reads(x) for x in (q * width**-0.5, k, v)))
     if mask is None and not padding:
         document = None
     else:

@@ -60,7 +60,6 @@ class Attention(nnx.Module):
         v += self.v_bias[...].astype(dtype)
         if self.has_k_bias:
             k += self.k_bias[...].astype(dtype)
-        q, k, v = (checkpoint_name(x, name) for x, name in ((q, "query"), (k, "key"), (v, "value")))
         mixed = attention.attend(q, k, v, kernel=kernel)
         out = layers.product(mixed, self.out[...].astype(dtype), 2) + self.out_bias[...].astype(dtype)
         return checkpoint_name(out, "attention")

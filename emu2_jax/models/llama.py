@@ -62,7 +62,6 @@ class Attention(nnx.Module):
         kernel: attention.Kernel = "plain",
     ) -> Float[Array, "B T D"]:
         q, k, v = self.project(x, positions)
-        q, k, v = (checkpoint_name(x, name) for x, name in ((q, "query"), (k, "key"), (v, "value")))
         return self.combine(attention.attend(q, k, v, mask, kernel=kernel))
 
 

@@ -15,9 +15,10 @@ from emu2_jax import shards
 from emu2_jax.config import Remat
 
 #: What a layer computes that its backward pass reads, by `checkpoint_name`: inputs and results of products, and what
-#: attention leaves (`context`). A residual stream's sum after attention stands for the product before it.
-ATTENTION = ("query", "key", "value", "context")
-MLP = ("attention", "gate", "up", "down")
+#: attention leaves (`context`). A residual stream's sum after attention stands for the product before it; "down" is the
+#: MLP's result, which only a norm behind it reads.
+CONTEXT = ("query", "key", "value", "context", "attention", "down")
+PRODUCTS = (*CONTEXT, "gate", "up")
 
 
 def _policy(remat: Remat) -> Callable[..., Any] | None:
@@ -27,9 +28,9 @@ def _policy(remat: Remat) -> Callable[..., Any] | None:
         case "dots":
             return policies.dots_with_no_batch_dims_saveable
         case "dots_with_context":
-            return policies.save_only_these_names(*ATTENTION, *MLP)
+            return policies.save_only_these_names(*PRODUCTS)
         case "context":
-            return policies.save_only_these_names(*ATTENTION)
+            return policies.save_only_these_names(*CONTEXT)
         case "offload":
             return policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=["context", "attention"],
@@ -58,9 +59,9 @@ class Stack(nnx.Module):
         """`carry, y = body(layer, carry, x)` for each layer in turn; the `y` come back stacked like `xs`.
 
         `remat` says what the backward pass computes again (docs/performance.md has what each costs and saves): "none"
-        of a layer; all but products with weights ("dots"), and but attention ("dots_with_context"); the MLP too
-        ("context"); the whole layer ("full", which keeps only the carry). "offload" keeps what "dots_with_context"
-        keeps, most of it in the host's memory.
+        of a layer; all but products with weights ("dots"), and but attention ("dots_with_context"); the MLP's inner
+        part too ("context"); the whole layer ("full", which keeps only the carry). "offload" keeps what
+        "dots_with_context" keeps, most of it in the host's memory.
         """
         graphdef, stacked = nnx.split(self.layers)
 

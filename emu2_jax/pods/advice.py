@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from emu2_jax import sharding
 from emu2_jax.config import ExperimentConfig
 from emu2_jax.pods.topologies import Topology, larger
 
@@ -49,10 +50,13 @@ def _single(
     config: ExperimentConfig, topology: Topology, needs: Needs, state_bytes: Callable[[ExperimentConfig], int]
 ) -> Iterator[Change]:
     work = max(0, needs.used - needs.state - needs.gradients)  # grows with the rows of a micro-batch
-    mesh, steps = config.mesh, config.optimizer.accumulation_steps
+    mesh = config.mesh
     shards = mesh.data * (mesh.fsdp or topology.chips // (mesh.data * mesh.tensor))
+    by_rows = config.optimizer.micro_batch_rows is not None
+    steps = sharding.micro_batches(config.optimizer, needs.rows // shards)
     rows = needs.rows // (shards * steps)
-    common = needs.common_rows // (shards * steps)
+    # A number of micro-batches must divide the rows of every batch; rows at once are as many as divide each.
+    common = rows if by_rows else needs.common_rows // (shards * steps)
 
     def with_state(other: ExperimentConfig, flags: str, work: float) -> Change:
         state = state_bytes(other)
@@ -63,7 +67,8 @@ def _single(
     for parts in (factor for factor in range(2, rows + 1) if common % factor == 0):
         smaller = needs.state + needs.gradients + extra + work / parts
         if smaller <= topology.generation.hbm_bytes:
-            yield Change(f"--gin.optimizer.accumulation_steps={steps * parts}", int(smaller))
+            setting = f"micro_batch_rows={rows // parts}" if by_rows else f"accumulation_steps={steps * parts}"
+            yield Change(f"--gin.optimizer.{setting}", int(smaller))
             break
     if config.model.remat != "full":
         language = config.model.language
@@ -85,7 +90,7 @@ def _single(
     other = larger(topology)
     while other is not None:
         factor = other.chips / topology.chips
-        if needs.common_rows % (shards * other.chips // topology.chips * steps) == 0:
+        if needs.common_rows % (shards * other.chips // topology.chips * (1 if by_rows else steps)) == 0:
             size = int((needs.state + needs.gradients) / factor + work / min(factor, max(1, rows)))
             if size <= other.generation.hbm_bytes:
                 yield Change(f"--topology {other.name}", size)

@@ -44,8 +44,8 @@ def test_without_the_compiler_one_line_says_how_to_get_it(
 def test_every_source_has_a_batch_shape_of_its_own() -> None:
     shapes = source_shapes(recipes.get("emu2_37b_stage2"))
     assert list(shapes) == ["image_text", "grounded", "video_text", "mmc4", "storyboard", "text"]
-    assert shapes["mmc4"]["images"][0] == (1600, 16, 448, 448, 3)
-    assert shapes["text"]["images"][0] == (832, 0, 448, 448, 3)
+    assert shapes["mmc4"]["images"][0] == (1536, 16, 448, 448, 3)
+    assert shapes["text"]["images"][0] == (768, 0, 448, 448, 3)
 
 
 def test_parameters_are_not_sharded_across_slices() -> None:
