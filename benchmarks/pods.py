@@ -89,9 +89,9 @@ CASES: Mapping[str, Case] = {
         config=_language_model(), topology="v5p-512", rows_per_chip=4, remat="dots_with_context", data=8
     ),
     "lm33b-v6e-256": Case(
-        config=_language_model(), topology="v6e-256", rows_per_chip=1, remat="dots_with_context", data=4
+        config=_language_model(), topology="v6e-256", rows_per_chip=2, remat="context", data=4
     ),
-    "lm33b-v5e-256": Case(config=_language_model(), topology="v5e-256", rows_per_chip=2, remat="full"),
+    "lm33b-v5e-256": Case(config=_language_model(), topology="v5e-256", rows_per_chip=4, remat="full", data=2),
     "stage1a-v5p-64": Case(
         config=_stage(pretrain.stage1a(), 24), topology="v5p-128", rows_per_chip=2, remat="dots_with_context",
         vision_remat="context", data=2,

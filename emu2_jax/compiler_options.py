@@ -31,6 +31,14 @@ _REDUCE_SCATTER: Options = {
 }
 
 
+#: The SparseCores reduce and scatter gradients while products go on; without it every such collective blocks.
+_ASYNC_REDUCE_SCATTER: Options = {"xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True}
+
+
+#: The same for gathers: on a v6e none of them runs beside a product otherwise.
+_ASYNC_ALL_GATHER: Options = {"xla_tpu_enable_sparse_core_collective_offload_all_gather": True}
+
+
 def _vmem(kib: int) -> Options:
     """On-chip memory that one fused product may use; the default leaves half of the products short of operands."""
     return {"xla_tpu_scoped_vmem_limit_kib": kib}
@@ -39,9 +47,9 @@ def _vmem(kib: int) -> Options:
 #: `device_kind` -> options. A v4 core has 16 MiB of the VMEM that the others have 128 MiB of: the default is kept.
 TPU: Mapping[str, Options] = {
     "TPU v4": _ASYNC_COLLECTIVES | _REDUCE_SCATTER,
-    "TPU v5": _ASYNC_COLLECTIVES | _REDUCE_SCATTER | _vmem(65536),  # v5p
+    "TPU v5": _ASYNC_COLLECTIVES | _REDUCE_SCATTER | _ASYNC_REDUCE_SCATTER | _vmem(65536),  # v5p
     "TPU v5 lite": _ASYNC_COLLECTIVES | _REDUCE_SCATTER | _vmem(65536),  # v5e
-    "TPU v6 lite": _REDUCE_SCATTER | _vmem(98304),  # v6e
+    "TPU v6 lite": _REDUCE_SCATTER | _ASYNC_REDUCE_SCATTER | _ASYNC_ALL_GATHER | _vmem(98304),  # v6e
 }
 
 

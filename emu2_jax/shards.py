@@ -25,6 +25,9 @@ from emu2_jax import sharding
 #: The axes that rows are spread over.
 ROWS = ("data", "fsdp")
 
+#: Rows of a tile in half precision.
+ROWS_OF_TILE = 16
+
 
 class Region(NamedTuple):
     """How parameters and gradients travel while rows are worked on."""
@@ -73,11 +76,15 @@ def _gather_forward(x: Array, dimension: int, region: Region) -> tuple[Array, Ar
 
 def _gather_backward(dimension: int, region: Region, like: Array, gradient: Array) -> tuple[Array]:
     # As a matrix whose rows are the shards: with heads and channels apart, a TPU adds up everything everywhere and then
-    # throws most of it away, at twice the bytes.
+    # throws most of it away, at twice the bytes. It does the same when a shard is no whole number of tiles: rows of
+    # zeros fill the last one.
     first = jnp.moveaxis(gradient.astype(region.gradient_dtype), dimension, 0)
-    matrix = first.reshape(first.shape[0], -1)
-    shard = jax.lax.psum_scatter(matrix, "fsdp", scatter_dimension=0, tiled=True)
-    return (jnp.moveaxis(shard.reshape(-1, *first.shape[1:]), 0, dimension).astype(like.dtype),)
+    size = jax.lax.axis_size("fsdp")
+    rows = first.shape[0] // size
+    shards = jnp.pad(first.reshape(size, rows, -1), ((0, 0), (0, -rows % ROWS_OF_TILE), (0, 0)))
+    matrix = shards.reshape(-1, shards.shape[-1])
+    shard = jax.lax.psum_scatter(matrix, "fsdp", scatter_dimension=0, tiled=True)[:rows]
+    return (jnp.moveaxis(shard.reshape(rows, *first.shape[1:]), 0, dimension).astype(like.dtype),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

@@ -47,8 +47,9 @@ class Attention(nnx.Module):
             q += self.q_bias[...].astype(dtype)
             k += self.k_bias[...].astype(dtype)
             v += self.v_bias[...].astype(dtype)
-        q = layers.rotate(q, positions, base=self.rope_base)
-        return q, layers.rotate(k, positions, base=self.rope_base), v
+        by_product = attention.platform() == "tpu" and dtype == jnp.bfloat16
+        q, k = (layers.rotate(x, positions, base=self.rope_base, by_product=by_product) for x in (q, k))
+        return q, k, v
 
     def combine(self, mixed: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
         """What the heads found, back in the residual width."""

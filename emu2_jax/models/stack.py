@@ -72,5 +72,7 @@ class Stack(nnx.Module):
             return body(nnx.merge(graphdef, layer), carry, x)
 
         if remat != "none":
-            step = jax.checkpoint(step, policy=_policy(remat))
+            # Nothing outside a loop's body can be merged with what it computes again; the barrier against that would
+            # make a copy of everything that was kept.
+            step = jax.checkpoint(step, policy=_policy(remat), prevent_cse=False)
         return jax.lax.scan(step, carry, (stacked, xs))

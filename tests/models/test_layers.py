@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -34,6 +35,20 @@ def test_rotate_leaves_position_zero_alone_and_scores_depend_on_the_distance_onl
 
     assert score(9, 4) == pytest.approx(score(5, 0), abs=1e-5)
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_rotating_by_a_product_gives_the_same_bits_and_the_same_gradient() -> None:
+    rng = np.random.default_rng(1)
+    x, weights = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), jnp.bfloat16) for _ in range(2))
+    positions = jnp.asarray(rng.integers(0, 2048, (2, 5)))
+
+    def total(x: jax.Array, by_product: bool) -> tuple[jax.Array, jax.Array]:
+        turned = layers.rotate(x, positions, base=10000.0, by_product=by_product)
+        return (turned * weights).sum().astype(jnp.float32), turned
+
+    moved, product = (jax.grad(functools.partial(total, by_product=by), has_aux=True)(x) for by in (False, True))
+    np.testing.assert_array_equal(moved[1], product[1])
+    np.testing.assert_array_equal(moved[0], product[0])
 
 
 def test_layer_norm_uses_the_biased_variance_and_adds_epsilon_inside_the_root() -> None:
