@@ -83,7 +83,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         return Mesh(np.asarray(devices).reshape(shape), AXES)
     # Neighbours along an axis are neighbours on the torus. In the order of their ids a gather is no ring, and is
     # compiled as an all-reduce of arrays of zeros, at twice the bytes.
-    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if config.data % slices:
+            raise ConfigError(
+                f"mesh.data: is {config.data}, but must be a multiple of {slices}: parameters are not sharded across "
+                "slices"
+            )
+        inside = (config.data // slices, fsdp, config.tensor)
+        laid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(laid, AXES)
 
 
 def rule(path: str) -> tuple[str, tuple[str | None, ...]]:

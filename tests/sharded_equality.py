@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tiny
+from jax.sharding import PartitionSpec
 
 from data_pipelines.embedding_store import EMBEDDINGS
-from emu2_jax import sharding
+from emu2_jax import sharding, shards
 from emu2_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from emu2_jax.fingerprint import fingerprint
+from emu2_jax.models import attention
 from emu2_jax.train import BatchPlacer, Program, build_program
 from experiments.encode import compiled
 
@@ -108,6 +110,26 @@ def encode(mesh: MeshConfig, devices: list[jax.Device]) -> tuple[str, np.ndarray
     return fingerprint(params["visual_encoder"]), np.asarray(found, np.float32)
 
 
+def heads_apart(devices: list[jax.Device]) -> float:
+    """How far values and gradients of splash attention end apart with heads spread over `tensor`, and on one device."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
+    q, k, v, weights = np.random.default_rng(7).normal(size=(4, 4, 128, 2, 8)).astype(np.float32)
+    documents = np.repeat([[1, 2]], 64, axis=1).repeat(4, axis=0).astype(np.int32)
+
+    def attend(q: Any, k: Any, v: Any, weights: Any, documents: Any) -> Any:
+        def total(q: Any, k: Any, v: Any) -> Any:
+            mixed = attention.attend(q, k, v, attention.Packed(documents), kernel="splash")
+            return (mixed * weights).sum(), mixed
+
+        gradients, mixed = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        return (*gradients, mixed)
+
+    rows = PartitionSpec(shards.ROWS)
+    spread = jax.shard_map(attend, mesh=mesh, in_specs=rows, out_specs=rows, axis_names={*shards.ROWS}, check_vma=False)
+    one, several = (jax.jit(run)(q, k, v, weights, documents) for run in (attend, spread))
+    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(one, several, strict=True))
+
+
 def distance(a: Run, b: Run) -> dict[str, Any]:
     """Largest relative difference of the losses; of the parameters, relative to the largest one of their leaf."""
     params = jax.tree.map(lambda x, y: float(np.abs(x - y).max() / np.abs(x).max()), a.params, b.params)
@@ -152,6 +174,7 @@ def main() -> None:
     report = {
         "fingerprints": prints,
         "embeddings": float(np.abs(embeddings[0] - embeddings[1]).max() / np.abs(embeddings[0]).max()),
+        "heads_apart": heads_apart(devices),
         "initial_params": max(jax.tree.leaves(drawn_apart)),
         "losses": one.losses.tolist(),
         "smallest_move": min(jax.tree.leaves(moved)),

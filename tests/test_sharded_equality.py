@@ -33,7 +33,7 @@ def report() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("run", ["data 2 x fsdp 2 x tensor 2", "fsdp 8", "accumulation of 2"])
+@pytest.mark.parametrize("run", ["data 2 x fsdp 2 x tensor 2", "fsdp 8", "accumulation of 2", "two rows at a time"])
 def test_three_steps_on_eight_devices_equal_three_on_one(run: str, report: dict[str, Any]) -> None:
     """Losses and gradient norms to 1e-5, relative; parameters to 1e-4 of the largest of their leaf."""
     assert report["runs"][run]["losses"] < 1e-5
@@ -41,7 +41,7 @@ def test_three_steps_on_eight_devices_equal_three_on_one(run: str, report: dict[
     assert report["smallest_move"] > 1e-2  # every leaf has moved by far more than the tolerance
 
 
-@pytest.mark.parametrize("run", ["data 2 x fsdp 2 x tensor 2", "fsdp 8", "accumulation of 2"])
+@pytest.mark.parametrize("run", ["data 2 x fsdp 2 x tensor 2", "fsdp 8", "accumulation of 2", "two rows at a time"])
 def test_the_state_still_lies_where_the_table_says(run: str, report: dict[str, Any]) -> None:
     assert report["runs"][run]["misplaced"] == []
 
@@ -55,6 +55,10 @@ def test_moments_are_sharded_over_fsdp_and_whole_on_replicas(report: dict[str, A
 def test_initial_parameters_are_the_same_on_any_mesh(report: dict[str, Any]) -> None:
     """Up to the last bit, which differs with how XLA vectorises the inverse error function."""
     assert report["initial_params"] < 1e-6
+
+
+def test_attention_kernels_work_on_the_heads_of_their_device(report: dict[str, Any]) -> None:
+    assert report["heads_apart"] < 1e-5
 
 
 def test_an_encoder_has_one_fingerprint_and_gives_one_answer_on_any_mesh(report: dict[str, Any]) -> None:

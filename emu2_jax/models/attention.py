@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from emu2_jax.models import layers
@@ -96,14 +98,13 @@ def _splash(
     q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"], mask: Packed | None
 ) -> Float[Array, "B T H K"]:
     """Positions and head width are filled up to whole registers; what was filled in is a document of its own."""
-    rows, length, heads, width = q.shape
+    rows, length, _, width = q.shape
     padding, more_width = -length % LANES, -width % LANES
 
     def as_splash_reads(x: Float[Array, "B T N K"]) -> Float[Array, "B N S L"]:
         filled = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, more_width)))
         return filled.transpose(0, 2, 1, 3)
 
-    run = _splash_kernel(length + padding, heads, causal=mask is not None, interpret=platform() != "tpu")
     q, k, v = _named(*(as_splash_reads(x) for x in (q * width**-0.5, k, v)))
     if mask is None and not padding:
         document = None
@@ -111,11 +112,28 @@ def _splash(
         document = jnp.ones((rows, length), jnp.int32) if mask is None else mask.segment_ids
         document = jnp.pad(document, ((0, 0), (0, padding)), constant_values=-1)
 
-    def of_row(q: Array, k: Array, v: Array, document: Array | None) -> Any:
-        return run(q, k, v, None if document is None else splash.SegmentIds(q=document, kv=document))
+    def of_heads(q: Array, k: Array, v: Array, document: Array | None) -> Array:
+        causal, interpret = mask is not None, platform() != "tpu"
+        run = _splash_kernel(length + padding, q.shape[1], causal=causal, interpret=interpret)
 
-    mixed: Array = jax.vmap(of_row)(q, k, v, document)
+        def of_row(q: Array, k: Array, v: Array, document: Array | None) -> Any:
+            return run(q, k, v, None if document is None else splash.SegmentIds(q=document, kv=document))
+
+        return jax.vmap(of_row)(q, k, v, document)
+
+    mixed = _over_heads(of_heads)(q, k, v, document)
     return mixed.transpose(0, 2, 1, 3)[:, :length, :, :width].astype(q.dtype)
+
+
+def _over_heads(of_heads: Callable[..., Array]) -> Callable[..., Array]:
+    """Each device of the mesh's `tensor` axis works on its own heads: a compiler cannot divide a kernel by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("tensor", 1) == 1 or "tensor" in mesh.manual_axes:
+        return of_heads
+    heads = P(None, "tensor")
+    return jax.shard_map(
+        of_heads, in_specs=(heads, heads, heads, P()), out_specs=heads, axis_names={"tensor"}, check_vma=False
+    )
 
 
 def _splash_kernel(length: int, heads: int, *, causal: bool, interpret: bool) -> splash.SplashAttentionKernel:
