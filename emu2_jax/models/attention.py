@@ -29,10 +29,6 @@ LANES = 128
 #: less of a causal row (512 of 2048: 20 % of the products), and larger ones start fewer kernels.
 SPLASH_BLOCK = 512
 
-#: Keys beside a square's queries in the backward pass. One kernel gives all three gradients with 5 products where two
-#: kernels need 7, but a copy of the queries' for each column of blocks, to be summed: wide columns make it worth it.
-SPLASH_BACKWARD_KEYS = 1024
-
 
 class Packed(NamedTuple):
     """The mask of a packed row, as `layers.packed_causal_mask` forms it: earlier positions of the same document."""
@@ -148,16 +144,16 @@ def _splash_kernel(length: int, heads: int, *, causal: bool, interpret: bool) ->
 
 @functools.cache
 def _block_sizes(length: int) -> splash.BlockSizes:
-    def largest(most: int) -> int:
-        return max(size for size in range(LANES, most + 1, LANES) if length % size == 0)
-
-    block, keys = largest(SPLASH_BLOCK), largest(SPLASH_BACKWARD_KEYS)
+    block = max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
+    # dq and dkv in kernels of their own: the fused one computes 5 products for 7, and then sums a copy of dq per column
+    # of squares, which costs more than it saves at rows of 2048.
     return splash.BlockSizes(
         block_q=block,
         block_kv=block,
         block_kv_compute=block,
         block_q_dkv=block,
-        block_kv_dkv=keys,
-        block_kv_dkv_compute=keys if keys % block else block,
-        use_fused_bwd_kernel=True,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
     )

@@ -209,8 +209,8 @@ class Counter:
         elif opcode == "call":
             for called in self._called(instruction, "to_apply", "calls", "called_computations"):
                 cost.add(self._run(called))
-        elif opcode == "async-start":
-            for called in self._called(instruction, "calls", "called_computations"):
+        elif opcode in ("async-start", "call-start"):  # the second on a SparseCore
+            for called in self._called(instruction, "calls", "called_computations", "to_apply"):
                 cost.add(_made_async(self._run(called)))
             _add_host_traffic(instruction, computation, cost)
         elif collectives.kind_of(opcode):

@@ -106,6 +106,36 @@ def test_collectives_inside_fusions() -> None:
     assert cost.product_flops == 2 * 4 * 64 * 16
 
 
+SPARSECORE = """HloModule step, num_partitions=8
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %s = bf16[] add(%a, %b)
+}
+
+%offloaded (p: bf16[64,16]) -> bf16[8,16] {
+  %p = bf16[64,16]{1,0} parameter(0)
+  ROOT %scattered = bf16[8,16]{1,0} reduce-scatter(%p), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}},
+    dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (g: bf16[64,16]) -> bf16[8,16] {
+  %g = bf16[64,16]{1,0} parameter(0)
+  %start = ((bf16[64,16]{1,0}, token[]), bf16[8,16]{1,0}) call-start(%g), async_execution_thread="sparsecore",
+    to_apply=%offloaded
+  ROOT %done = bf16[8,16]{1,0} call-done(%start)
+}
+"""
+
+
+def test_what_a_sparsecore_sends_blocks_nothing() -> None:
+    cost = cost_lib.count(hlo.parse(SPARSECORE))
+    payload = 64 * 16 * 2
+    assert dict(cost.collectives) == {("reduce-scatter", "async", 8): Traffic(1, payload, payload * 7 / 8)}
+    assert cost.total_cycles == 0
+
+
 def test_traffic_with_the_host_and_with_other_slices() -> None:
     cost = cost_lib.count(hlo.parse(FUSED))
     assert dict(cost.host_bytes) == {"to_device": 32 * 4}
