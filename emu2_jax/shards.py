@@ -75,15 +75,18 @@ def _gather_forward(x: Array, dimension: int, region: Region) -> tuple[Array, Ar
 
 
 def _gather_backward(dimension: int, region: Region, like: Array, gradient: Array) -> tuple[Array]:
-    # As a matrix whose rows are the shards: with heads and channels apart, a TPU adds up everything everywhere and then
-    # throws most of it away, at twice the bytes. It does the same when a shard is no whole number of tiles: rows of
-    # zeros fill the last one.
     first = jnp.moveaxis(gradient.astype(region.gradient_dtype), dimension, 0)
     size = jax.lax.axis_size("fsdp")
-    rows = first.shape[0] // size
-    shards = jnp.pad(first.reshape(size, rows, -1), ((0, 0), (0, -rows % ROWS_OF_TILE), (0, 0)))
-    matrix = shards.reshape(-1, shards.shape[-1])
-    shard = jax.lax.psum_scatter(matrix, "fsdp", scatter_dimension=0, tiled=True)[:rows]
+    rows, missing = first.shape[0] // size, -(first.shape[0] // size) % ROWS_OF_TILE
+    if missing or first.ndim > 3:
+        # Where a shard is no whole number of tiles, a TPU adds up everything everywhere and then throws most of it
+        # away, at twice the bytes: rows of zeros fill the last one, in a matrix whose rows are the shards.
+        shards = jnp.pad(first.reshape(size, rows, -1), ((0, 0), (0, missing), (0, 0)))
+        matrix = shards.reshape(-1, shards.shape[-1])
+        shard = jax.lax.psum_scatter(matrix, "fsdp", scatter_dimension=0, tiled=True)[:rows]
+    else:
+        # As it lies: as a matrix, heads and channels would have to change places first.
+        shard = jax.lax.psum_scatter(first, "fsdp", scatter_dimension=0, tiled=True)
     return (jnp.moveaxis(shard.reshape(rows, *first.shape[1:]), 0, dimension).astype(like.dtype),)
 
 
