@@ -44,7 +44,7 @@ from data_pipelines.shards import ShardReader
 from data_pipelines.sources import open_source
 from emu2_jax import sharding
 from emu2_jax.checkpoint import load_parts, saved_parts
-from emu2_jax.config import ExperimentConfig, SourceConfig
+from emu2_jax.config import ExperimentConfig, OptimizerConfig, SourceConfig
 from emu2_jax.diffusion.vae import init_vae, open_codec, stored_latent
 from emu2_jax.errors import CheckpointError, ConfigError, DataError, NotFiniteError, UserError
 from emu2_jax.fingerprint import fingerprint
@@ -164,7 +164,7 @@ def _encode(
 ) -> None:
     check_names(index.paths)
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
-    sharding.check_batch(batch, 1, mesh, "--batch")
+    sharding.check_batch(batch, OptimizerConfig(), mesh, "--batch")
     todo = [(one, shard) for one in passes for shard in range(part.number - 1, len(index.paths), part.count)]
     with_vae = crops and config.decoder.latent == "autoencoder_kl"
     params = load_encoders(config, workdir, mesh, with_vae=with_vae)
