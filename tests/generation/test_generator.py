@@ -399,6 +399,49 @@ def test_a_prompt_that_is_too_long_says_by_how_much_and_can_be_cut_by_links(
         generator.generate([], Wanted(max_tokens=24))
 
 
+def test_log_probabilities_of_choices_equal_recomputing(
+    generator: Generator, recompute: Recompute, params: Any, tokenizer: Tokenizer, prompts: list[list[Link]]
+) -> None:
+    """Choices of different lengths, after prompts of different lengths that end in a text, in an image, in nothing."""
+    choices = [" the red apple", " a", " a cat and the sun"]
+    found = generator.log_probabilities(prompts, choices)
+
+    head = np.asarray(params["language_model"]["head"])
+    for prompt, row in zip(prompts, found, strict=True):
+        for choice, log_probability in zip(choices, row, strict=True):
+            before = tokenizer.encode_prompt([link for link in prompt if isinstance(link, str)][-1:])
+            text = prompt[-1] + choice if prompt and isinstance(prompt[-1], str) else choice
+            kept = prompt[:-1] if text != choice else prompt
+            ids = tokenizer.encode(text)
+            known = len(before) - 1 if text != choice else 0
+            assert ids[:known] == before[1:] or not known, "the tokenizer joins nothing here"
+            expected = 0.0
+            for at in range(known, len(ids)):
+                x = recompute.inputs(params, kept)
+                x += list(np.asarray(params["language_model"]["token_embedding"])[ids[:at]])
+                scores = recompute.hidden(params, x) @ head
+                expected += float(jax.nn.log_softmax(jnp.asarray(scores))[ids[at]])
+            np.testing.assert_allclose(log_probability, expected, atol=1e-4)
+
+
+def test_more_choices_than_a_batch_and_prompts_that_are_too_long(
+    config: ModelConfig, params: Any, tokenizer: Tokenizer
+) -> None:
+    small = Generator(config, params, tokenizer, context=8, max_batch=1)
+    found = small.log_probabilities([["a red"], ["the sun"]], [" apple", " cat"])
+    assert found.shape == (2, 2) and (found < 0).all()
+    np.testing.assert_allclose(found[1:], small.log_probabilities([["the sun"]], [" apple", " cat"]), atol=1e-6)
+    with pytest.raises(UserError, match="positions, .* more than the 8 that there are for it"):
+        small.log_probabilities([["a red apple and the sun and a cat"]], [" apple"])
+
+
+def test_encoding_images_is_what_prompts_do(generator: Generator, recompute: Recompute, params: Any) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (19, 8, 8, 3)).astype(np.uint8)
+    expected = np.asarray(recompute.encode(params, jnp.asarray(images)))
+    np.testing.assert_allclose(generator.encode(list(images)), expected, atol=1e-5)
+    assert generator.encode([]).shape == (0, *expected.shape[1:])
+
+
 def test_buckets() -> None:
     sizes = sorted({bucket(n) for n in range(1, 300)})
     assert sizes == [16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]
