@@ -71,7 +71,7 @@ def evaluate_few_shot(
         todo = [unit for unit in plan.units() if unit.block in blocks and unit not in done]
         share = len(plan.shots) * sum(len(plan.questions(block)) for block in blocks)
         left = sum(len(plan.questions(unit.block)) for unit in todo)
-        with tqdm(total=share, initial=share - left, desc=task.name, unit="question") as bar:
+        with tqdm(total=share, initial=share - left, desc=task.name, unit="question", leave=False) as bar:
             for unit in todo:
                 bar.set_postfix_str(f"{unit.shots} shots")
                 file.append(evaluation.answers(unit.shots, plan.questions(unit.block), chooser))
@@ -182,7 +182,7 @@ class _Evaluation:
                 raise ConfigError(
                     f"{PATH}.shots: {most} shots before question {query.key!r} take {length} positions, "
                     f"{length - room} more than the {room} that data.row_length = {context} leaves beside the answer; "
-                    + (f"{max(fitting)} shots fit it" if fitting else "nor does it fit without examples")
+                    + (f"with {max(fitting)} it fits" if fitting else "nor does it fit without examples")
                 )
 
     def _length(self, examples: Sequence[Question], query: Question) -> int:

@@ -47,7 +47,7 @@ def own_features(
     others = [chunk for chunk in chunks if chunk not in own]
     numbers = {chunk: range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(keys))) for chunk in chunks}
     missing = [chunk for chunk in (*own, *others) if not _path(folder, side, chunk).exists()]
-    with tqdm(total=sum(len(numbers[i]) for i in missing), desc=f"features, {side}", unit="image") as bar:
+    with tqdm(total=sum(len(numbers[i]) for i in missing), desc=f"features, {side}", unit="image", leave=False) as bar:
         for chunk in missing:
             if not _path(folder, side, chunk).exists():  # by now
                 found = []

@@ -48,10 +48,19 @@ def _largest(values: Float[np.ndarray, " S"], count: int) -> Int[np.ndarray, " k
 
 
 def random_examples(seed: int, query: str, num_support: int, count: int, left_out: int | None) -> Int[np.ndarray, " k"]:
-    """`count` different numbers below `num_support`, the same for the same seed and key of the query on any host."""
+    """`count` different numbers below `num_support`, the same for the same seed and key of the query on any host.
+
+    A smaller `count` gives the first of them. Raises `ValueError` when there are not so many.
+    """
+    if num_support - (left_out is not None) < count:
+        raise ValueError(f"{num_support} examples to choose {count} from")
     rng = np.random.default_rng([seed, hashed(query)])
-    taken = rng.choice(num_support - (left_out is not None), size=count, replace=False)
-    return taken if left_out is None else taken + (taken >= left_out)
+    taken: dict[int, None] = {}
+    while len(taken) < count:
+        number = int(rng.integers(num_support))
+        if number != left_out:
+            taken[number] = None
+    return np.array(list(taken), np.int64)
 
 
 def hashed(*parts: object) -> int:

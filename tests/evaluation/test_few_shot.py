@@ -114,7 +114,7 @@ def test_fields_of_tfds_and_of_the_official_annotations() -> None:
 @pytest.mark.parametrize(
     ("settings", "fields", "said"),
     [
-        ({"prompt": "{image} {sky}?"}, {"question": "?", "answers": PEOPLE}, "{sky}, which it has not; it has question"),
+        ({"prompt": "{image} {sky}?"}, {"question": "?", "answers": PEOPLE}, "{sky}, which it has not; it has quest"),
         ({}, {"answers": PEOPLE}, "has no field 'question'; it has answers"),
         ({}, {"question": "?"}, "has no field 'answers'"),
         ({}, {"question": "?", "answers": ["a", "b"]}, "has 2 answers; VQA accuracy needs those of several people"),

@@ -32,6 +32,7 @@ def test_random_examples_are_fixed_by_the_seed_and_the_query() -> None:
     np.testing.assert_array_equal(first, random_examples(3, "0007/1", 50, 8, None))
     assert (first != random_examples(4, "0007/1", 50, 8, None)).any()
     assert (first != random_examples(3, "0007/2", 50, 8, None)).any()
+    np.testing.assert_array_equal(first[:3], random_examples(3, "0007/1", 50, 3, None))  # nested
     assert sorted(random_examples(3, "0007/1", 5, 4, 2).tolist()) == [0, 1, 3, 4]  # all but itself
 
 
