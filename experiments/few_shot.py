@@ -64,7 +64,7 @@ def evaluate_few_shot(
     chooser = evaluation.chooser(folder / FEATURES, part)
     plan = Plan(settings.shots, len(data.queries), settings.batch)
     blocks = plan.blocks_of(part)
-    for block in blocks:
+    for block in tqdm(blocks, desc="examples and lengths", unit="block", leave=False):
         evaluation.check_room(plan.questions(block), chooser)
     with AnswerFile(folder, part, plan) as file:
         done = read_units(folder, plan)
@@ -283,7 +283,7 @@ def _put_together(
         "paper": {str(shots): share for shots, share in task.paper.items()},
         "settings": dict(identity),
     }
-    lines = (json.dumps(vars(one), ensure_ascii=False) for shots in plan.shots for one in scored[shots])
+    lines = (json.dumps(vars(one)) for shots in plan.shots for one in scored[shots])
     write_atomically(folder / "answers.jsonl", "".join(f"{line}\n" for line in lines))
     write_few_shot_page(folder, config, task, result, scored, evaluation.pixels_at)
     write_atomically(folder / "results.json", json.dumps(result, indent=1) + "\n")

@@ -101,8 +101,8 @@ class AnswerFile:
 
     def append(self, answered: Sequence[Answered]) -> None:
         """The answers of a unit, all together."""
-        lines = "".join(json.dumps(_without_score(one), ensure_ascii=False) + "\n" for one in answered)
-        self._file.write(lines.encode("utf-8", "surrogateescape"))
+        lines = "".join(json.dumps(_without_score(one)) + "\n" for one in answered)
+        self._file.write(lines.encode())
         self._file.flush()
         os.fsync(self._file.fileno())
 

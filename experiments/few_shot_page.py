@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ def write_few_shot_page(
         if not (folder / name).exists():
             image = Image.fromarray(pixels(place))
             image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-            image.save(folder / name, "JPEG", quality=85)
+            partial = folder / f"{name}.partial"
+            image.save(partial, "JPEG", quality=85)
+            os.replace(partial, folder / name)
         return name
 
     entries = {

@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A benchmark."""
+    """A benchmark, or a kind of them."""
 
     name: str
     score: Score
@@ -103,7 +103,7 @@ class Task:
         if self.score == "vqa" and len(texts) < vqa.MIN_ANSWERS:
             raise DataError(
                 f"{where}: field {self.answer!r} has {len(texts)} answers; VQA accuracy needs those of several people, "
-                f"{vqa.MIN_ANSWERS} at least (the benchmarks: 10); with one true answer take the task gqa (exact match)"
+                f"{vqa.MIN_ANSWERS} at least (the benchmarks: 10); with one true answer take the task exact"
             )
         if self.score == "captions":
             return texts[0], texts
@@ -167,68 +167,59 @@ def _texts(value: Any) -> list[str]:
     return [str(one).strip() for one in values] if all(isinstance(one, str | int | float) for one in values) else []
 
 
-def _refcoco(name: str) -> Task:
-    text = "{image}<grounding><phrase>{question}</phrase>"
-    return Task(
-        name=name,
-        score="box",
-        prompt=text,
-        zero_shot_prompt=text,
-        answer="box",
-        max_tokens=8,
-        data="val, testA, testB; train",
-    )
+#: One of each kind, for data of one's own.
+VQA = Task(name="vqa", score="vqa")
+EXACT = Task(name="exact", score="exact", answer="answer")
+YES_NO_TASK = Task(name="yes_no", score="yes_no", answer="label", max_tokens=1)
+CAPTIONS = Task(
+    name="captions",
+    score="captions",
+    prompt="{image}",
+    zero_shot_prompt="{image}",
+    answer="captions",
+    max_tokens=40,
+    length_penalty=1.0,
+)
+BOXES = Task(
+    name="boxes",
+    score="box",
+    prompt="{image}<grounding><phrase>{question}</phrase>",
+    zero_shot_prompt="{image}<grounding><phrase>{question}</phrase>",
+    answer="box",
+    box_form="xyxy",
+    max_tokens=8,
+)
+
+_MEME = 'is the meme with the words "{text}" hateful? short answer:'
+
+
+def _benchmark(task: Task, name: str, data: str, paper: Sequence[float] = (), **changed: Any) -> Task:
+    scores = dict(zip((0, 4, 8, 16), paper, strict=True)) if paper else {}
+    return dataclasses.replace(task, name=name, data=data, paper=scores, **changed)
 
 
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task(
-            name="vqav2",
-            score="vqa",
-            paper={0: 33.5, 4: 67.0, 8: 67.8, 16: 68.8},
-            data="test-dev, whose answers only the benchmark's server has (val can be scored here); train",
+        _benchmark(VQA, "vqav2", "test-dev (by its server; val can be scored here); train", (33.5, 67.0, 67.8, 68.8)),
+        _benchmark(VQA, "okvqa", "val; train", (26.7, 53.2, 54.1, 57.1)),
+        _benchmark(VQA, "vizwiz", "test-dev (by its server; val can be scored here); train", (40.4, 54.6, 54.7, 57.0)),
+        _benchmark(VQA, "textvqa", "val; train", (26.4, 48.2, 49.3, 50.3)),
+        _benchmark(EXACT, "gqa", "test-dev; train"),
+        _benchmark(
+            YES_NO_TASK,
+            "hateful_memes",
+            "test_seen; train",
+            (52.2, 62.4, 65.8, 66.0),
+            prompt=f"{{image}} based on the picture, {_MEME}",
+            zero_shot_prompt=f"{{image}} based on the picture, answer in one word or phrase. {_MEME}",
         ),
-        Task(
-            name="okvqa",
-            score="vqa",
-            paper={0: 26.7, 4: 53.2, 8: 54.1, 16: 57.1},
-            data="val; train",
+        _benchmark(CAPTIONS, "coco_captions", "Karpathy's test; train"),
+        *(
+            _benchmark(BOXES, name, "val, testA, testB; train", box_form="xywh_pixels")
+            for name in ("refcoco", "refcocoplus", "refcocog")
         ),
-        Task(
-            name="vizwiz",
-            score="vqa",
-            paper={0: 40.4, 4: 54.6, 8: 54.7, 16: 57.0},
-            data="test-dev, as VQAv2; train",
-        ),
-        Task(
-            name="textvqa",
-            score="vqa",
-            paper={0: 26.4, 4: 48.2, 8: 49.3, 16: 50.3},
-            data="val; train",
-        ),
-        Task(name="gqa", score="exact", answer="answer", data="test-dev (balanced); train"),
-        Task(
-            name="hateful_memes",
-            score="yes_no",
-            prompt='{image} based on the picture, is the meme with the words "{text}" hateful? short answer:',
-            zero_shot_prompt='{image} based on the picture, answer in one word or phrase. is the meme with the words "{text}" hateful? short answer:',  # noqa: E501
-            answer="label",
-            max_tokens=1,
-            paper={0: 52.2, 4: 62.4, 8: 65.8, 16: 66.0},
-            data="test_seen; train",
-        ),
-        Task(
-            name="coco_captions",
-            score="captions",
-            prompt="{image}",
-            zero_shot_prompt="{image}",
-            answer="captions",
-            max_tokens=40,
-            length_penalty=1.0,
-            data="Karpathy's test; train",
-        ),
-        *map(_refcoco, ("refcoco", "refcocoplus", "refcocog")),
+        *(VQA, EXACT, YES_NO_TASK, CAPTIONS, BOXES),
     )
 }
 

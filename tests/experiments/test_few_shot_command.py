@@ -193,14 +193,14 @@ def test_the_parts_of_two_hosts_come_to_the_whole(
 
 
 def test_other_scores(run: Path, tmp_path: Path, scripted: Any) -> None:
-    checks = ["task=hateful_memes", "items=checks", "prompt={image} {question}"]
+    checks = ["task=yes_no", "items=checks"]
     cli.main(evaluate(run, tmp_path / "checks", *(f"--gin.evaluation.few_shot.{one}" for one in checks)))
     result = json.loads((tmp_path / "checks" / "results.json").read_text(encoding="utf-8"))
     assert set(result["shots"]["2"]) == {"roc_auc", "accuracy", "n"}
     for one in lines(tmp_path / "checks" / "answers.jsonl"):
         assert 0 < one["yes"] < 1 and one["answer"] == ("yes" if one["yes"] >= 0.5 else "no")
 
-    boxes = ["task=refcoco", "items=objects", "question=expression", "box_form=xyxy"]
+    boxes = ["task=boxes", "items=objects", "question=expression"]
     cli.main(evaluate(run, tmp_path / "boxes", *(f"--gin.evaluation.few_shot.{one}" for one in boxes)))
     result = json.loads((tmp_path / "boxes" / "results.json").read_text(encoding="utf-8"))
     assert result["shots"]["0"]["accuracy_at_0.5"] == 0 and result["shots"]["0"]["with_a_box"] == 0
