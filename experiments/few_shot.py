@@ -31,7 +31,7 @@ from emu2_jax.generation.generator import Generator
 from emu2_jax.generation.sampling import GREEDY, RELEASE_BEAMS
 from emu2_jax.tokenizer import Picture, Tokenizer
 from experiments.encode import Part
-from experiments.few_shot_answers import AnswerFile, Plan, Unit, check_settings, read_units
+from experiments.few_shot_answers import AnswerFile, Plan, Unit, check_settings, keep_settings, read_units
 from experiments.few_shot_benchmark import PATH, Benchmark, Chooser, open_benchmark
 from experiments.few_shot_features import named_features, own_features
 from experiments.few_shot_page import shown_score, write_few_shot_page
@@ -61,11 +61,13 @@ def evaluate_few_shot(
     evaluation = _Evaluation.open(config, workdir, task, data)
     identity = evaluation.identity()
     check_settings(folder, identity)
+    folder.mkdir(parents=True, exist_ok=True)
     chooser = evaluation.chooser(folder / FEATURES, part)
     plan = Plan(settings.shots, len(data.queries), settings.batch)
     blocks = plan.blocks_of(part)
     for block in tqdm(blocks, desc="examples and lengths", unit="block", leave=False):
         evaluation.check_room(plan.questions(block), chooser)
+    keep_settings(folder, identity)
     with AnswerFile(folder, part, plan) as file:
         done = read_units(folder, plan)
         todo = [unit for unit in plan.units() if unit.block in blocks and unit not in done]

@@ -56,13 +56,17 @@ class Plan:
         return [Unit(shots, block) for shots in self.shots for block in range(self.num_blocks)]
 
 
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make `folder` the place of answers with these settings. Raises `ConfigError` when it is that of others."""
+    check_settings(folder, settings)
+    write_atomically(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make `folder` the place of answers with these settings. Raises `ConfigError` when it holds those of others."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Raise `ConfigError` when `folder` holds answers of other settings."""
     path = folder / SETTINGS
     now = json.loads(json.dumps(settings))
     if not path.exists():
-        write_atomically(path, json.dumps(now, indent=1) + "\n")
         return
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -46,10 +46,14 @@ def own_features(
     own = list(chunks[part.number - 1 :: part.count])
     others = [chunk for chunk in chunks if chunk not in own]
     numbers = {chunk: range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(keys))) for chunk in chunks}
-    missing = [chunk for chunk in (*own, *others) if not _path(folder, side, chunk).exists()]
+
+    def is_there(chunk: int) -> bool:
+        return _holds(_path(folder, side, chunk), [keys[i] for i in numbers[chunk]], encoder)
+
+    missing = [chunk for chunk in (*own, *others) if not is_there(chunk)]
     with tqdm(total=sum(len(numbers[i]) for i in missing), desc=f"features, {side}", unit="image", leave=False) as bar:
         for chunk in missing:
-            if not _path(folder, side, chunk).exists():  # by now
+            if not is_there(chunk):  # by now
                 found = []
                 for start in range(0, len(numbers[chunk]), _AT_ONCE):
                     batch = numbers[chunk][start : start + _AT_ONCE]
@@ -57,7 +61,7 @@ def own_features(
                     bar.update(len(batch))
                 own_keys = np.array([keys[i] for i in numbers[chunk]])
                 _write(_path(folder, side, chunk), own_keys, np.concatenate(found), encoder)
-    return named_features(folder, side, keys, encoder)
+    return normalised(np.concatenate([_read(_path(folder, side, chunk), encoder)[1] for chunk in chunks]))
 
 
 def named_features(folder: Path, side: Side, keys: Sequence[str], encoder: str) -> Float[np.ndarray, "I E"]:
@@ -91,6 +95,14 @@ def named_features(folder: Path, side: Side, keys: Sequence[str], encoder: str) 
 
 def _path(folder: Path, side: Side, chunk: int) -> Path:
     return folder / f"{side}-{chunk:06d}.npz"
+
+
+def _holds(path: Path, keys: Sequence[str], encoder: str) -> bool:
+    """Whether a file that this module wrote is of these images and this encoder; else it is written anew."""
+    try:
+        return _read(path, encoder)[0] == list(keys)
+    except DataError:
+        return False
 
 
 def _write(path: Path, keys: np.ndarray, features: Float[np.ndarray, "I E"], encoder: str) -> None:

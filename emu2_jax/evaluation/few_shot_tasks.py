@@ -131,13 +131,26 @@ def _expanded(fields: Mapping[str, Any], names: Sequence[str], where: str) -> It
         return
     entries = _field(fields, names[0], where)
     if isinstance(entries, dict):  # TFDS: lists side by side
-        columns = {name: column for name, column in entries.items() if isinstance(column, list)}
-        rows = zip(*columns.values(), strict=True) if columns else ()
-        entries = [dict(zip(columns, row, strict=True)) for row in rows]
+        entries = [_row(entries, i) for i in range(_length(entries))]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{where}: field {names[0]!r} (evaluation.few_shot.items) is no list of objects")
     for entry in entries:
         yield from _expanded({**fields, **entry}, names[1:], where)
+
+
+def _length(columns: Any) -> int:
+    """Of lists side by side, which may lie in objects."""
+    if isinstance(columns, Mapping):
+        return max(map(_length, columns.values()), default=0)
+    return len(columns) if isinstance(columns, list) else 0
+
+
+def _row(columns: Any, number: int) -> Any:
+    """Entry `number` of lists side by side; what is too short, or no list, has none."""
+    if isinstance(columns, Mapping):
+        rows = {name: _row(column, number) for name, column in columns.items()}
+        return {name: row for name, row in rows.items() if row is not None}
+    return columns[number] if isinstance(columns, list) and number < len(columns) else None
 
 
 def _field(fields: Mapping[str, Any], path: str, where: str) -> Any:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from test_tfds import prepare
 from tiny_shards import picture
 
 from data_pipelines.annotated import open_annotated
 from data_pipelines.images import decode_image
 from data_pipelines.shard_writer import ShardWriter
+from emu2_jax.config import FewShotConfig
 from emu2_jax.errors import DataError
+from emu2_jax.evaluation.few_shot_tasks import resolve
 
 PATH = "evaluation.few_shot.queries"
 
@@ -54,6 +59,42 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         open_annotated(write(tmp_path / "no.tar", {"png": picture(0)}), 8, PATH)
     with pytest.raises(DataError, match=r"evaluation\.few_shot\.queries: got 'tfds:pets'; wanted tfds:DATASET@SPLIT"):
         open_annotated("tfds:pets", 8, PATH)
+
+
+class Refs(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+    """Objects, each with a box and an expression for it."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        thing = {"bbox": tfds.features.BBoxFeature(), "refexp": {"raw": tfds.features.Text(), "id": np.int64}}
+        features = {"image": tfds.features.Image(encoding_format="png"), "objects": tfds.features.Sequence(thing)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"test": self._generate_examples()}
+
+    def _generate_examples(self) -> Any:
+        boxes = [tfds.features.BBox(0.25, 0.0, 0.75, 0.5), tfds.features.BBox(0.0, 0.5, 0.5, 1.0)]
+        said = ["the left one", "it"]
+        objects = [
+            {"bbox": box, "refexp": {"raw": text, "id": i}}
+            for i, (box, text) in enumerate(zip(boxes, said, strict=True))
+        ]
+        yield 0, {"image": io.BytesIO(picture(0)), "objects": objects}
+
+
+def test_nested_features_are_read_as_a_task_wants_them(tmp_path: Path) -> None:
+    builder = Refs(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    images = open_annotated(f"tfds:{builder.data_dir}@test", 8, PATH)
+    settings = FewShotConfig(task="refcoco", items="objects", question="refexp.raw", answer="bbox", box_form="yxyx")
+    (fields,) = images.fields()
+    asked = list(resolve(settings).questions("0", 0, fields, "tfds"))
+    assert [(one.values["question"], one.truth) for one in asked] == [
+        ("the left one", [0.0, 0.25, 0.5, 0.75]),
+        ("it", [0.5, 0.0, 1.0, 0.5]),
+    ]
 
 
 def test_tfds(tmp_path: Path) -> None:

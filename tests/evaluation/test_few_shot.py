@@ -103,11 +103,13 @@ def test_fields_of_tfds_and_of_the_official_annotations() -> None:
     assert questions(TASKS["vizwiz"], official)[0].truth == PEOPLE
 
     settings = FewShotConfig(task="refcoco", items="objects.refexp", question="raw", answer="bbox", box_form="yxyx")
-    objects = {"objects": {"bbox": [[0.2, 0.1, 0.6, 0.5]], "refexp": [{"raw": ["left", "small"], "refexp_id": [3, 4]}]}}
+    refexp = {"raw": [["left", "small"], ["red"]], "refexp_id": [[3, 4], [5]]}
+    objects = {"objects": {"bbox": [[0.2, 0.1, 0.6, 0.5], [0, 0, 1, 1]], "refexp": refexp}}
     found = questions(resolve(settings), objects)
     assert [(one.key, one.values["question"], one.truth) for one in found] == [
         ("0000/0", "left", [0.1, 0.2, 0.5, 0.6]),
         ("0000/1", "small", [0.1, 0.2, 0.5, 0.6]),
+        ("0000/2", "red", [0.0, 0.0, 1.0, 1.0]),
     ]
 
 
