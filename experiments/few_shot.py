@@ -173,7 +173,10 @@ class _Evaluation:
     def check_room(self, questions: range, chooser: Chooser) -> None:
         """Raise `ConfigError` for a prompt with the most shots that is too long, before anything is answered."""
         settings, context = self.config.evaluation.few_shot, self.config.data.row_length
-        room = context - self.wanted.positions(self.config.model.num_visual_tokens)
+        answer = self.wanted.positions(self.config.model.num_visual_tokens)
+        if self.task.score == "yes_no":
+            answer = max(self.tokenizer.count_plain(YES_NO)) + 1  # the tokenizer may join one with what is before it
+        room = context - answer
         most = max(settings.shots)
         for position, number in enumerate(questions):
             query = self.data.queries[number]
