@@ -32,8 +32,8 @@ from emu2_jax.generation.sampling import GREEDY, RELEASE_BEAMS
 from emu2_jax.tokenizer import Picture, Tokenizer
 from experiments.encode import Part
 from experiments.few_shot_answers import AnswerFile, Plan, Unit, check_settings, keep_settings, read_units
-from experiments.few_shot_benchmark import PATH, Benchmark, Chooser, open_benchmark
-from experiments.few_shot_features import named_features, own_features
+from experiments.few_shot_benchmark import PATH, Benchmark, Chooser, ImageSide, open_benchmark
+from experiments.few_shot_features import Side, named_features, own_features
 from experiments.few_shot_page import shown_score, write_few_shot_page
 from experiments.inputs import open_tokenizer
 from experiments.runs import load_params, write_atomically
@@ -164,11 +164,12 @@ class _Evaluation:
             named = Path(settings.features)
             queries = named_features(named, "queries", self.data.query_side.keys, made_by)
             return Chooser(settings, self.data, (queries, named_features(named, "support", support.keys, made_by)))
-        encode = self.generator.encode
-        side = self.data.query_side
-        queries = own_features(folder, "queries", side.keys, side.pixels, encode, self.encoder, part)
-        examples = own_features(folder, "support", support.keys, support.pixels, encode, self.encoder, part)
-        return Chooser(settings, self.data, (queries, examples))
+
+        def own(name: Side, side: ImageSide) -> np.ndarray:
+            encode, images = self.generator.encode, side.digest_with_places
+            return own_features(folder, name, side.keys, side.pixels, encode, self.encoder, images, part)
+
+        return Chooser(settings, self.data, (own("queries", self.data.query_side), own("support", support)))
 
     def check_room(self, questions: range, chooser: Chooser) -> None:
         """Raise `ConfigError` for a prompt with the most shots that is too long, before anything is answered."""

@@ -46,7 +46,15 @@ class ImageSide:
     @property
     def digest(self) -> str:
         """Changes with every key, question and answer, and with their order."""
-        digest = hashlib.sha256()
+        return self._digest(())
+
+    @property
+    def digest_with_places(self) -> str:
+        """Changes with where the samples are, too."""
+        return self._digest(self.places)
+
+    def _digest(self, more: Sequence[str]) -> str:
+        digest = hashlib.sha256(json.dumps(list(more)).encode())
         for several in self.questions:
             for one in several:
                 digest.update(json.dumps([one.key, dict(one.values), one.shown, one.truth]).encode())

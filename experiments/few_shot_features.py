@@ -7,6 +7,7 @@ them, a text). Several together cover the images of their side.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -35,11 +36,13 @@ def own_features(
     pixels: Callable[[int], Pixels],
     encode: Callable[[Sequence[Pixels]], Float[np.ndarray, "I N E"]],
     encoder: str,
+    images: str,
     part: Part,
 ) -> Float[np.ndarray, "I E"]:
     """The mean over an image's visual embeddings, of every image; what is in `folder` already is not computed again.
 
-    Parts begin with different files and take over what nobody has done, so that none waits for another.
+    `images` says which they are: other datasets may have the same keys. Parts begin with different files and take over
+    what nobody has done, so that none waits for another.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chunks = range(-(-len(keys) // CHUNK))
@@ -48,7 +51,7 @@ def own_features(
     numbers = {chunk: range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(keys))) for chunk in chunks}
 
     def is_there(chunk: int) -> bool:
-        return _holds(_path(folder, side, chunk), [keys[i] for i in numbers[chunk]], encoder)
+        return _holds(_path(folder, side, chunk), [keys[i] for i in numbers[chunk]], encoder, images)
 
     missing = [chunk for chunk in (*own, *others) if not is_there(chunk)]
     with tqdm(total=sum(len(numbers[i]) for i in missing), desc=f"features, {side}", unit="image", leave=False) as bar:
@@ -60,7 +63,7 @@ def own_features(
                     found.append(encode([pixels(i) for i in batch]).mean(axis=1))
                     bar.update(len(batch))
                 own_keys = np.array([keys[i] for i in numbers[chunk]])
-                _write(_path(folder, side, chunk), own_keys, np.concatenate(found), encoder)
+                _write(_path(folder, side, chunk), own_keys, np.concatenate(found), encoder, images)
     return normalised(np.concatenate([_read(_path(folder, side, chunk), encoder)[1] for chunk in chunks]))
 
 
@@ -97,18 +100,22 @@ def _path(folder: Path, side: Side, chunk: int) -> Path:
     return folder / f"{side}-{chunk:06d}.npz"
 
 
-def _holds(path: Path, keys: Sequence[str], encoder: str) -> bool:
+def _holds(path: Path, keys: Sequence[str], encoder: str, images: str) -> bool:
     """Whether a file that this module wrote is of these images and this encoder; else it is written anew."""
     try:
-        return _read(path, encoder)[0] == list(keys)
-    except DataError:
+        with np.load(path, allow_pickle=False) as file:
+            of_these = str(file["encoder"]) == encoder and str(file["images"]) == images
+            return of_these and file["keys"].tolist() == list(keys)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return False
 
 
-def _write(path: Path, keys: np.ndarray, features: Float[np.ndarray, "I E"], encoder: str) -> None:
+def _write(path: Path, keys: np.ndarray, features: Float[np.ndarray, "I E"], encoder: str, images: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("wb") as file:
-        np.savez(file, keys=keys, features=features.astype(np.float32), encoder=np.array(encoder))
+        np.savez(
+            file, keys=keys, features=features.astype(np.float32), encoder=np.array(encoder), images=np.array(images)
+        )
     os.replace(partial, path)
 
 
@@ -116,7 +123,7 @@ def _read(path: Path, encoder: str) -> tuple[list[str], Float[np.ndarray, "I E"]
     try:
         with np.load(path, allow_pickle=False) as file:
             keys, features, made_by = file["keys"], file["features"], str(file["encoder"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: wanted an .npz of keys, features and encoder: {error}") from error
     if features.ndim != 2 or len(features) != len(keys):
         raise DataError(f"{path}: has features of shape {features.shape} for {len(keys)} keys; wanted one row each")

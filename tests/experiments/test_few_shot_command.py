@@ -139,6 +139,20 @@ def test_rices_takes_the_images_that_are_most_alike(run: Path, tmp_path: Path, s
             assert [example.partition("/")[0] for example in one["examples"]] == nearest[::-1]  # the nearest last
 
 
+def test_kept_features_are_not_taken_for_other_images(run: Path, tmp_path: Path, scripted: Any) -> None:
+    """Both splits number their samples from 0: keys alone do not tell them apart."""
+    support = tmp_path / "out" / "features" / "support-000000.npz"
+    cli.main(evaluate(run, tmp_path / "out"))
+    first = support.read_bytes()
+    for name in ("settings.json", "answers-1-of-1.jsonl"):
+        (tmp_path / "out" / name).unlink()
+    cli.main(evaluate(run, tmp_path / "out", f"--gin.evaluation.few_shot.support={run}/questions/heldout/*.tar"))
+    assert support.read_bytes() != first
+    assert all(
+        one["query"].partition("/")[0] not in str(one["examples"]) for one in lines(tmp_path / "out" / "answers.jsonl")
+    )
+
+
 def test_the_same_seed_gives_the_same_questions_and_examples(run: Path, tmp_path: Path, scripted: Any) -> None:
     def chosen(name: str, *flags: str) -> list[tuple[str, list[str]]]:
         cli.main(evaluate(run, tmp_path / name, "--gin.evaluation.few_shot.selection=random", *flags))
