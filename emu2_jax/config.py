@@ -299,6 +299,38 @@ CLIP_VIT_L = VisionConfig(
 
 
 @dataclass(frozen=True, kw_only=True)
+class FewShotConfig:
+    """Few-shot evaluation on a benchmark (paper appendix E), by `emu2 evaluate --suite few_shot`; docs/few-shot.md.
+
+    A setting that is None is as the named task has it.
+    """
+
+    task: str = "vqav2"  #: whose prompts, fields and score; `emu2_jax/evaluation/few_shot_tasks.py` names them
+    queries: str = ""  #: what is asked: shards, or tfds:DATASET@SPLIT
+    support: str = ""  #: where examples are taken from, likewise; 0 shots need none
+    shots: tuple[int, ...] = (0, 4, 8, 16)  #: examples in the prompt (paper)
+    selection: Literal["rices", "random"] = "rices"  #: the most similar images (paper), or any
+    most_similar_last: bool = True  #: **open**; the nearest example stands next to the query
+    seed: int = 0  #: **open**; of random examples, of num_queries and num_support, of one among an image's questions
+    num_queries: int | None = None  #: questions that are asked, drawn by the seed; None = all
+    num_support: int | None = None  #: images that examples are taken from, drawn by the seed; None = all
+    features: str | None = None  #: directory of queries*.npz and support*.npz; None = this run's encoder (**open**)
+    features_encoder: str | None = None  #: who made them, as the files say, where it is not this run's encoder
+    items: str | None = None  #: field of a sample's .json that lists several questions about its image
+    question: str | None = None  #: field of the question
+    answer: str | None = None  #: field of the true answer (answers, captions, label, box)
+    box_form: Literal["xyxy", "yxyx", "xyxy_pixels", "xywh_pixels"] | None = None  #: how boxes are written
+    prompt: str | None = None  #: of examples and query; {image} and fields in braces
+    zero_shot_prompt: str | None = None  #: of the query without examples
+    separator: str = ". "  #: between examples (paper); an answer ends at it
+    max_tokens: int | None = None  #: longest answer, tokens
+    beams: int = 5  #: 1 = greedy (release: 5)
+    length_penalty: float | None = None  #: of beams (release, short answers: -1)
+    batch: int = 16  #: questions that are answered at once
+    page_queries: int = 100  #: questions that the page shows, of each number of shots
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What the finished model is measured on."""
 
@@ -310,6 +342,7 @@ class EvaluationConfig:
     in_context: str = ""  #: shards of held-out episodes, of `emu2 evaluate --suite in_context`
     shots: tuple[int, ...] = (0, 1, 2, 4, 8)  #: examples in the prompt
     episodes_per_task: int = 128  #: from the front of the shards
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     clip_weights: str | None = None  #: file or directory of CLIP's weights, for CLIP-I; None = not measured
     clip_vision: VisionConfig = field(default_factory=lambda: CLIP_VIT_L)  #: its image tower (paper: ViT-L)
     preview_every_steps: int | None = None  #: of the decoder: held-out pictures redrawn during training; None = never
@@ -370,6 +403,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _require(
         bool(shots) and min(shots) >= 0, "evaluation.shots", "must be numbers of examples, 0 or more, at least one"
     )
+    _validate_few_shot(config.evaluation.few_shot)
     every = config.evaluation.preview_every_steps
     _require(every is None or every >= 1, "evaluation.preview_every_steps", "must be at least 1; None = no previews")
     block = config.objective.vocab_block_positions
@@ -381,6 +415,18 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     if config.train.task == "video_decoder":
         _validate_video(config.decoder.video)
     return config
+
+
+def _validate_few_shot(few_shot: FewShotConfig) -> None:
+    path, shots = "evaluation.few_shot", few_shot.shots
+    sensible = bool(shots) and min(shots) >= 0 and len(set(shots)) == len(shots)
+    _require(sensible, f"{path}.shots", "must be different numbers of examples, 0 or more, at least one")
+    _require_positive(few_shot, path, "beams", "batch", "page_queries")
+    for name in ("num_queries", "num_support", "max_tokens"):
+        value = getattr(few_shot, name)
+        _require(value is None or value >= 1, f"{path}.{name}", "must be at least 1")
+    _require(few_shot.seed >= 0, f"{path}.seed", "must not be negative")
+    _require(bool(few_shot.separator.strip()), f"{path}.separator", "must hold more than white space")
 
 
 def _validate_optimizer(config: ExperimentConfig) -> None:

@@ -82,6 +82,8 @@ contact sheet. With other settings or shards the numbers are printed alone, unle
   emu2 evaluate runs/openmoji_64/decoder
   emu2 evaluate runs/openmoji_64/decoder --gin.decoder.guidance_scale=2.0 --gin.decoder.num_sampling_steps=50
   emu2 evaluate runs/openmoji_64/decoder --shards 'data/photos/*.tar' --out runs/photos
+  emu2 evaluate runs/demo --suite few_shot --gin_file=experiments/evaluations/openmoji_captions.gin
+  emu2 evaluate runs/emu2 --suite few_shot --gin_file=okvqa.gin --part 3/8
 """
 
 ENCODE_EPILOG = """\
@@ -198,13 +200,20 @@ def _parser() -> argparse.ArgumentParser:
         "decoder",
     )
     evaluate.add_argument("--shards", help="of a decoder: shards of pictures to redraw, in place of the run's own")
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="of a decoder: where to write (RUN/evaluation)")
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="of a decoder, or of few_shot: where to write (RUN/evaluation, RUN/evaluation/few_shot/TASK)",
+    )
     evaluate.add_argument(
         "--suite",
-        choices=["heldout", "in_context"],
+        choices=["heldout", "in_context", "few_shot"],
         default="heldout",
-        help="captions and pictures of held-out pairs, or few-shot accuracy on held-out episodes (heldout)",
+        help="captions and pictures of held-out pairs, accuracy on held-out episodes, or a benchmark after examples "
+        "that are retrieved for each question (heldout)",
     )
+    evaluate.add_argument("--part", metavar="I/N", help="of few_shot: this process's share of the questions (1/1)")
     evaluate.add_argument("--gin_file", type=Path, action="append", default=[], metavar="FILE", help="override file")
 
     generate = add("generate", _generate, "continue prompts of texts, images, videos and boxes")
@@ -544,6 +553,11 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
     from experiments.evaluate_clips import evaluate_clips, is_video_decoder
     from experiments.runs import CONFIG, load_config, load_params, override
 
+    if arguments.suite == "few_shot":
+        _evaluate_few_shot(arguments, rest)
+        return
+    if arguments.part is not None:
+        raise ConfigError("--part: is for --suite few_shot")
     if arguments.suite == "in_context":
         _evaluate_in_context(arguments, rest)
         return
@@ -589,6 +603,26 @@ def _evaluate_in_context(arguments: argparse.Namespace, rest: list[str]) -> None
             )
             print(f"{task:<18} {condition:<10}" + "".join(f"{cell:>20}" for cell in shown))
     print(f"{arguments.run}/evaluation/in_context.html has the curves and episodes to read")
+
+
+def _evaluate_few_shot(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from emu2_jax.errors import ConfigError
+    from experiments.encode import Part
+    from experiments.evaluate import model_workdir
+    from experiments.few_shot import evaluate_few_shot, table
+    from experiments.runs import load_config, override
+
+    if arguments.shards is not None:
+        raise ConfigError("--shards: is for a decoder; here evaluation.few_shot.queries and .support name the data")
+    workdir = model_workdir(arguments.run)
+    config = override(load_config(workdir), arguments.gin_file, rest)
+    part = Part.parse(arguments.part or "1/1")
+    folder, result = evaluate_few_shot(config, workdir, arguments.out, part, run=arguments.run)
+    if result is None:
+        print(f"{folder}: the answers of part {arguments.part} are there; those of other parts are missing")
+    else:
+        print(table(result))
+        print(f"{folder}/index.html has the scores and questions to read")
 
 
 def _generate(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -60,6 +60,9 @@ def add_sources(convert: AddCommand) -> None:
     texts.add_argument("--field", default="text", help="field or column that holds the document (text)")
     texts.add_argument("--tokenizer", type=Path, help="split longer documents, by this SentencePiece model")
     texts.add_argument("--max_tokens", type=int, default=2046, help="tokens of a piece, at most (2046)")
+    questions = add("openmoji_questions", _openmoji_questions, "questions about the scenes of the embedded corpus")
+    questions.add_argument("shards", help="pattern of its shards of pairs: 'runs/demo/data/heldout/scenes-*.tar'")
+    questions.add_argument("--samples", type=int, metavar="N", help="the first N scenes (all)")
     tfds = add("tfds", _tfds, "a prepared TFDS dataset that offers a data source")
     tfds.add_argument("dataset", help="name (coco_captions, vqa:1.0.0) or directory of a prepared version")
     tfds.add_argument("--split", required=True, help="train, validation, train[:10%%] ...")
@@ -111,6 +114,19 @@ def _text(arguments: argparse.Namespace, rest: list[str]) -> None:
         field=arguments.field,
         tokenizer=None if arguments.tokenizer is None else Tokenizer(arguments.tokenizer),
         max_tokens=arguments.max_tokens,
+        samples_per_shard=arguments.samples_per_shard,
+    )
+    _report(counts, arguments.out)
+
+
+def _openmoji_questions(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from data_pipelines.corpora.openmoji_questions import convert
+    from data_pipelines.shards import expand_shards
+
+    counts = convert(
+        expand_shards(arguments.shards, "SHARDS"),
+        arguments.out,
+        max_samples=arguments.samples,
         samples_per_shard=arguments.samples_per_shard,
     )
     _report(counts, arguments.out)

@@ -76,6 +76,36 @@ def convert(
     return corpus.counts
 
 
+class Examples:
+    """A split of a prepared dataset as it is, for evaluation: the image of an example, and its other features.
+
+    Raises `DataError` as `convert`. `image` may be left out where there is one image feature.
+    """
+
+    def __init__(self, dataset: str, split: str, image: str | None = None, data_dir: Path | None = None) -> None:
+        builder = _builder(dataset, data_dir)
+        self._features = builder.info.features
+        images = [name for name, one in self._features.items() if isinstance(one, tfds.features.Image)]
+        if image is None and len(images) != 1:
+            raise DataError(
+                f"{dataset}: has {len(images)} image features ({', '.join(images)}); name one: ...@SPLIT#FEATURE"
+            )
+        self._image = _find(self._features, image or images[0], dataset)
+        self._source = _data_source(builder, split, self._image.nested(tfds.decode.SkipDecoding()), dataset)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def image(self, number: int) -> bytes:
+        """The bytes that were stored."""
+        return bytes(self._image.value(self._source[number]))
+
+    def fields(self, number: int) -> dict[str, Any]:
+        """What JSON can hold of an example."""
+        fields: dict[str, Any] = _plain(self._features, self._source[number])
+        return fields
+
+
 def _builder(dataset: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
     try:
         if Path(dataset).is_dir():

@@ -14,7 +14,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from emu2_jax.generation import beam, loop, network
 from emu2_jax.generation.answer import IMAGE, TEXT, Answer, Wanted, read_answer
 from emu2_jax.generation.loop import Chunk, Ids, Limits
 from emu2_jax.generation.network import Cache
-from emu2_jax.generation.prompt import Elements, Layout, Prompt
+from emu2_jax.generation.prompt import Elements, Layout, Pixels, Prompt
 from emu2_jax.generation.sampling import Beams, Draw, Sampling
 from emu2_jax.models.emu2 import encode_images
 from emu2_jax.task import Params
@@ -126,6 +127,53 @@ class Generator:
     def image_embeddings(self, prompts: Sequence[Prompt]) -> Float[np.ndarray, "B N E"]:
         """The N visual embeddings of the image that follows each prompt (`[IMG]` is appended to it)."""
         return np.concatenate([answer.embeddings for answer in self.generate_batch(prompts, IMAGE)])
+
+    def encode(self, images: Sequence[Pixels]) -> Float[np.ndarray, "I N E"]:
+        """What the visual encoder makes of images, float32, in batches."""
+        encoded = self._encoded(images, self.layout.visual_tokens)
+        shape = (0, self.layout.visual_tokens, self.config.vision.width)
+        return np.concatenate([np.zeros(shape, np.float32), *encoded])
+
+    def log_probabilities(
+        self, prompts: Sequence[Prompt], choices: Sequence[str]
+    ) -> Float[np.ndarray, "prompts choices"]:
+        """Log-probability of each of the texts `choices` right after each prompt, in batches.
+
+        A choice begins as it would after the prompt's last text: " yes" or "yes". Raises `UserError` as `generate`.
+        """
+        fitted = [
+            [self.layout.fit([*prompt, choice], "", self.context, None)[0] for choice in choices] for prompt in prompts
+        ]
+        # The tokenizer may join the end of a prompt with a choice: what all have in common is read once.
+        stems = [
+            min(self.layout.elements(prompt).common(one) for one in ones)
+            for prompt, ones in zip(prompts, fitted, strict=True)
+        ]
+        found = np.zeros((len(prompts), len(choices)))
+        for start in range(0, len(prompts), self.max_batch):
+            own = slice(start, start + self.max_batch)
+            found[own] = self._weigh(fitted[own], stems[own])
+        return found
+
+    def _weigh(self, fitted: Sequence[Sequence[Elements]], stems: Sequence[int]) -> Float[np.ndarray, "B choices"]:
+        """One batch of prompts with each of the choices; prompt i without them has `stems[i]` elements."""
+        count, rows = len(fitted), self._rows(len(fitted))
+        filled = [*fitted, *[fitted[-1]] * (rows - count)]
+        begin = np.array([*stems, *[stems[-1]] * (rows - count)], np.int32)
+        rests = [[one.tokens[start:] for one in ones] for ones, start in zip(filled, begin, strict=True)]
+        longest = 1 << (max(len(rest) for several in rests for rest in several) - 1).bit_length()
+        cache = self._room(None, rows, bucket(padded(int(begin.max())) + longest))
+        fronts = [ones[0].front(int(start)) for ones, start in zip(filled, begin, strict=True)]
+        hidden, cache = self._prefill(fronts, 0, cache, None, counted=count)
+        found = []
+        for number in range(len(fitted[0])):
+            tokens = np.full((rows, longest), self.tokenizer.pad_id, np.int32)
+            lengths = np.array([len(several[number]) for several in rests], np.int32)
+            for row, several in enumerate(rests):
+                tokens[row, : lengths[row]] = several[number]
+            rest = self._place((begin, tokens, lengths))
+            found.append(self._fetch(self._log_probability(self._params, hidden, cache, *rest)))
+        return np.stack(found, axis=1)[:count]
 
     def warm_up(self, max_positions: int, wanted: Wanted = TEXT, *, rows: Iterable[int] = (1,)) -> None:
         """Compile everything that prompts of up to `max_positions` and batches of `rows` prompts can need.
@@ -362,17 +410,20 @@ class Generator:
             else:
                 missing.setdefault(visual.length, {})[visual.digest] = visual.source
         for length, pictures in missing.items():
-            digests, pixels = list(pictures), list(pictures.values())
-            for start in range(0, len(digests), MAX_ENCODED):
-                batch = pixels[start : start + MAX_ENCODED]
-                size = 1 << (len(batch) - 1).bit_length()
-                encoded = self._encode(np.stack([*batch, *[batch[-1]] * (size - len(batch))]), length)
-                new = dict(zip(digests[start : start + MAX_ENCODED], encoded, strict=False))
-                found |= new
-                self._embeddings.update(new)
+            encoded = itertools.chain.from_iterable(self._encoded(list(pictures.values()), length))
+            new = dict(zip(pictures, encoded, strict=True))
+            found |= new
+            self._embeddings.update(new)
         while len(self._embeddings) > 1 and sum(x.nbytes for x in self._embeddings.values()) > KEPT_BYTES:
             self._embeddings.popitem(last=False)
         return found
+
+    def _encoded(self, images: Sequence[Pixels], visual_tokens: int) -> Iterator[Float[np.ndarray, "I N E"]]:
+        """Embeddings of images, some of them at a time."""
+        for start in range(0, len(images), MAX_ENCODED):
+            batch = images[start : start + MAX_ENCODED]
+            size = 1 << (len(batch) - 1).bit_length()
+            yield self._encode(np.stack([*batch, *[batch[-1]] * (size - len(batch))]), visual_tokens)[: len(batch)]
 
     def _encode(self, pixels: np.ndarray, visual_tokens: int) -> np.ndarray:
         return self._fetch(self._encode_images(self._params["visual_encoder"], pixels, visual_tokens))
@@ -422,6 +473,7 @@ class Generator:
             lambda rows: jnp.zeros((rows, language.width), dtype), static_argnums=0, out_shardings=rows_only
         )
         self._read = jax.jit(read, donate_argnums=(1, 4))
+        self._log_probability = jax.jit(functools.partial(loop.log_probability, config, where=where))
         self._encode_images = jax.jit(encode, static_argnums=2)
         self._keys = jax.jit(lambda seed, rows: jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows))
         self._begin = jax.jit(functools.partial(loop.begin, config, self._ids), static_argnums=8, donate_argnums=2)

@@ -84,6 +84,24 @@ def prefill(
     return jnp.take_along_axis(hidden, chunk.lengths[:, None, None] - 1, axis=1)[:, 0], cache
 
 
+def log_probability(
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "B D"],
+    cache: Cache,
+    start: Int[Array, " B"],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    where: NamedSharding | None,
+) -> Float[Array, " B"]:
+    """Log-probability of the next `lengths` tokens of each row, whose state before them is `hidden`."""
+    after, _ = network.extend(config.language, params, network.embed(params, tokens), start, cache, where)
+    before = jnp.concatenate([hidden[:, None], after[:, :-1]], axis=1)
+    scores = jax.nn.log_softmax(network.logits(params, before))
+    each = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
+    return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], each, 0).sum(axis=1)
+
+
 def begin(
     config: ModelConfig,
     ids: Ids,

@@ -22,6 +22,7 @@ from emu2_jax import sharding
 from emu2_jax.config import MeshConfig
 from emu2_jax.generation.answer import Wanted
 from emu2_jax.generation.generator import Generator
+from emu2_jax.generation.prompt import Elements
 from emu2_jax.generation.sampling import RELEASE_BEAMS, Sampling
 
 KINDS = {
@@ -36,11 +37,22 @@ def answers(generator: Generator, wanted: Wanted) -> Any:
     return [one.token_ids.tolist() for one in found], np.concatenate([one.embeddings.ravel() for one in found])
 
 
+def choices(generator: Generator) -> np.ndarray:
+    """Log-probabilities of one and of three tokens after each prompt."""
+    prompts = search_cases.prompts()
+    fitted = [
+        [Elements(np.append(one.tokens, more).astype(np.int32), one.visuals) for more in ([5], [6, 7, 8])]
+        for one in prompts
+    ]
+    return generator._weigh(fitted, [len(one) for one in prompts])
+
+
 def main() -> None:
     assert len(jax.devices()) == 8, "set XLA_FLAGS"
     config, params = search_cases.model()
     one = Generator(config, params, search_cases.Ids(), context=64)
     expected = {kind: answers(one, wanted) for kind, wanted in KINDS.items()}
+    weighed = choices(one)
     report: dict[str, Any] = {}
     for mesh in (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=8)):
         laid = sharding.make_mesh(mesh)
@@ -53,6 +65,7 @@ def main() -> None:
                 "same ids": ids == expected[kind][0],
                 "embeddings": float(np.abs(embeddings - expected[kind][1]).max(initial=0.0)),
             }
+        found["choices"] = float(np.abs(choices(generator) - weighed).max())
         report[f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"] = found
     print(json.dumps(report))
 

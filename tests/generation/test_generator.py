@@ -399,6 +399,47 @@ def test_a_prompt_that_is_too_long_says_by_how_much_and_can_be_cut_by_links(
         generator.generate([], Wanted(max_tokens=24))
 
 
+def test_log_probabilities_of_choices_equal_recomputing(
+    generator: Generator, recompute: Recompute, params: Any, prompts: list[list[Link]]
+) -> None:
+    """Choices of different lengths, after prompts of different lengths that end in a text, in an image, in nothing."""
+    choices = [" the red apple", " a", " a cat and the sun"]
+    found = generator.log_probabilities(prompts, choices)
+
+    head = np.asarray(params["language_model"]["head"])
+    for prompt, row in zip(prompts, found, strict=True):
+        after_image = bool(prompt) and not isinstance(prompt[-1], str)  # white space beside [/IMG] goes
+        front = list(prompt[:-1]) if prompt and not after_image else list(prompt)
+        last = str(prompt[-1]) if prompt and not after_image else ""
+        texts = [[*front, one.strip() if after_image else last + one] for one in choices]
+        elements = [generator.layout.elements(text) for text in texts]
+        start = min(generator.layout.elements(prompt).common(one) for one in elements)
+        for text, one, log_probability in zip(texts, elements, row, strict=True):
+            x = recompute.inputs(params, text)
+            assert 0 < start < len(x) == len(one)
+            scores = [recompute.hidden(params, x[:at]) @ head for at in range(start, len(x))]
+            each = jax.nn.log_softmax(jnp.asarray(np.stack(scores)))[np.arange(len(scores)), one.tokens[start:]]
+            np.testing.assert_allclose(log_probability, float(each.sum()), atol=1e-4)
+
+
+def test_more_choices_than_a_batch_and_prompts_that_are_too_long(
+    config: ModelConfig, params: Any, tokenizer: Tokenizer
+) -> None:
+    small = Generator(config, params, tokenizer, context=8, max_batch=1)
+    found = small.log_probabilities([["a red"], ["the sun"]], [" apple", " cat"])
+    assert found.shape == (2, 2) and (found < 0).all()
+    np.testing.assert_allclose(found[1:], small.log_probabilities([["the sun"]], [" apple", " cat"]), atol=1e-6)
+    with pytest.raises(UserError, match=r"positions, .* more than the 8 that there are for it"):
+        small.log_probabilities([["a red apple and the sun and a cat"]], [" apple"])
+
+
+def test_encoding_images_is_what_prompts_do(generator: Generator, recompute: Recompute, params: Any) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (19, 8, 8, 3)).astype(np.uint8)
+    expected = np.asarray(recompute.encode(params, jnp.asarray(images)))
+    np.testing.assert_allclose(generator.encode(list(images)), expected, atol=1e-5)
+    assert generator.encode([]).shape == (0, *expected.shape[1:])
+
+
 def test_buckets() -> None:
     sizes = sorted({bucket(n) for n in range(1, 300)})
     assert sizes == [16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]

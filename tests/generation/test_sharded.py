@@ -33,5 +33,6 @@ def test_answers_on_eight_devices_equal_those_on_one() -> None:
     for mesh, found in report.items():
         # Over `data` parameters are replicated.
         assert found.pop("share of a weight on a device") == (1 / 4 if mesh.startswith("data 2") else 1 / 8)
+        assert found.pop("choices") < 1e-4, mesh
         for kind, answers in found.items():
             assert answers["same ids"] and answers["embeddings"] < 1e-4, (mesh, kind)
