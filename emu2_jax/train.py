@@ -94,6 +94,8 @@ def make_step(
         compute_dtype = config.model.compute_dtype
         region = shards.Region(compute_dtype, config.optimizer.gradient_dtype or compute_dtype)
         gradients = shards.by_rows(gradients, mesh, region)
+    elif mesh is not None:
+        gradients = _on_mesh(gradients, mesh)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
@@ -113,6 +115,16 @@ def make_step(
         return new_state, log
 
     return step
+
+
+def _on_mesh(gradients: shards.Gradients, mesh: Mesh) -> shards.Gradients:
+    """`gradients`, told the mesh that the compiler spreads them over: attention chooses its kernel by it."""
+
+    def on_mesh(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return gradients(*arguments)
+
+    return on_mesh
 
 
 def _mean(total: Array, weight: Array) -> Array:

@@ -86,6 +86,7 @@ class DecoderTask:
             self.condition(params, batch, dropout_key),
             batch["time_ids"],
             remat=self.model.remat,
+            kernel=self.model.attention,
         )
         wanted = schedule.target(clean, noise, alpha_bar, self.decoder.prediction)
         errors = jnp.square(predicted - wanted).mean((1, 2, 3))

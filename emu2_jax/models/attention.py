@@ -7,15 +7,20 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from emu2_jax.models import layers
+from emu2_jax.sharding import ROWS
 
 Kernel = Literal["auto", "plain", "splash", "cudnn"]
 
@@ -103,8 +108,25 @@ def _splash(
     def of_row(q: Array, k: Array, v: Array, document: Array | None) -> Any:
         return run(q, k, v, None if document is None else splash.SegmentIds(q=document, kv=document))
 
-    mixed: Array = jax.vmap(of_row)(q, k, v, document)
+    mixed: Array = _of_own_rows(jax.vmap(of_row), q, k, v, document)
     return mixed.transpose(0, 2, 1, 3)[:, :length, :, :width].astype(q.dtype)
+
+
+def _of_own_rows(kernel: Callable[..., Array], *arrays: Array | None) -> Array:
+    """`kernel` of each device's rows where the compiler spreads them: it cannot cut a kernel itself.
+
+    In a program whose rows are spread by hand (`emu2_jax.shards`), or of one device, there is nothing to do. An image
+    that does not divide, such as the one that stands for all nulls, is computed everywhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    left = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    rows = tuple(axis for axis in ROWS if axis in left)
+    if math.prod(mesh.shape[axis] for axis in rows) == 1:
+        return kernel(*arrays)
+    assert arrays[0] is not None
+    spec = P(rows) if arrays[0].shape[0] % math.prod(mesh.shape[axis] for axis in rows) == 0 else P()
+    # Replicated along the other axes. A kernel has no rule for what varies where.
+    return jax.shard_map(kernel, in_specs=spec, out_specs=spec, axis_names=left, check_vma=False)(*arrays)
 
 
 def _splash_kernel(length: int, heads: int, *, causal: bool, interpret: bool) -> splash.SplashAttentionKernel:
