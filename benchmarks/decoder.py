@@ -343,8 +343,9 @@ def measure(case: str, run: Path | None, rounds: int, images: int | None) -> Ite
         yield embeddings_over_pixels(run, rounds, images)
         return
     if case == "image-flops":
-        names = ("openmoji_64_decoder", "emu2_37b_decoder_512", "emu2_37b_decoder")
-        yield from (image_flops(config) for config in (in_proportion(), *map(recipes.get, names)))
+        names = ("openmoji_64_decoder", "emu2_37b_decoder_512", "emu2_37b_decoder", "emu2_37b_video_decoder")
+        for config in (in_proportion(), *map(recipes.get, names)):  # of the video decoder, its image network
+            yield image_flops(dataclasses.replace(config, train=dataclasses.replace(config.train, task="decoder")))
         return
     if run is None:
         raise UserError(f"--run: needed for {case}; a work directory of `emu2 train` with a decoder's recipe")
