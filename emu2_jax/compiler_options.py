@@ -52,6 +52,10 @@ TPU: Mapping[str, Options] = {
     "TPU v6 lite": _REDUCE_SCATTER | _ASYNC_REDUCE_SCATTER | _ASYNC_ALL_GATHER | _vmem(98304),  # v6e
 }
 
+#: For programs without a gradient whose products are small, as a U-Net's or a VAE's are: on a CPU, products and
+#: convolutions by Eigen in place of YNNPACK (docs/decoder.md has what that is worth). Other devices read past it.
+DRAWING: Options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
 
 def for_device(device: jax.Device) -> Options:
     """Compiler options for programs that run on `device`; none for a CPU, a GPU or a chip that is not in the table."""

@@ -25,6 +25,8 @@ from emu2_jax.config import MeshConfig, OptimizerConfig
 from emu2_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
+#: The axes that rows are spread over.
+ROWS = ("data", "fsdp")
 
 #: Pattern (full match on the path, without the stack's leading `layers` axis) -> mesh axis of each dimension.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (

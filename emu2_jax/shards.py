@@ -21,9 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
 
 from emu2_jax import sharding
-
-#: The axes that rows are spread over.
-ROWS = ("data", "fsdp")
+from emu2_jax.sharding import ROWS
 
 #: Rows of a tile in half precision.
 ROWS_OF_TILE = 16

@@ -130,6 +130,27 @@ def heads_apart(devices: list[jax.Device]) -> float:
     return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(one, several, strict=True))
 
 
+def kernel_distance(rows: int) -> float:
+    """How far splash on rows that the compiler spreads is from plain attention, values and gradients."""
+    laid = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    where = sharding.batch_sharding(laid) if rows > 1 else sharding.replicated(laid)
+    rng = np.random.default_rng(4)
+    q, k, v, weights = (jax.device_put(rng.normal(size=(rows, 130, 2, 16)).astype(np.float32), where) for _ in range(4))
+
+    def values_and_gradients(kernel: attention.Kernel) -> Any:
+        @jax.jit
+        def run(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+            with jax.sharding.use_abstract_mesh(laid.abstract_mesh):
+                mixed, back = jax.vjp(lambda *qkv: attention.attend(*qkv, kernel=kernel), q, k, v)
+                return mixed, back(weights)
+
+        assert ("shard_map" in str(jax.make_jaxpr(run)(q, k, v))) == (kernel == "splash")
+        return run(q, k, v)
+
+    found, wanted = values_and_gradients("splash"), values_and_gradients("plain")
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), found, wanted)))
+
+
 def distance(a: Run, b: Run) -> dict[str, Any]:
     """Largest relative difference of the losses; of the parameters, relative to the largest one of their leaf."""
     params = jax.tree.map(lambda x, y: float(np.abs(x - y).max() / np.abs(x).max()), a.params, b.params)
@@ -173,6 +194,7 @@ def main() -> None:
     )
     report = {
         "fingerprints": prints,
+        "kernel": {"rows": kernel_distance(8), "one image": kernel_distance(1)},
         "embeddings": float(np.abs(embeddings[0] - embeddings[1]).max() / np.abs(embeddings[0]).max()),
         "heads_apart": heads_apart(devices),
         "initial_params": max(jax.tree.leaves(drawn_apart)),

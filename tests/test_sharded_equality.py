@@ -65,3 +65,8 @@ def test_an_encoder_has_one_fingerprint_and_gives_one_answer_on_any_mesh(report:
     """The answer to a unit in the last place of bfloat16, in which it is stored."""
     assert len(set(report["fingerprints"])) == 1
     assert report["embeddings"] <= 2**-8
+
+
+def test_a_kernel_that_the_compiler_cannot_cut_is_computed_on_each_devices_rows(report: dict[str, Any]) -> None:
+    """The decoder's case, whose rows the compiler spreads: values and gradients, and one image that is everywhere."""
+    assert max(report["kernel"].values()) < 2e-5

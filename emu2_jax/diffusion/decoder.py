@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
+from emu2_jax import compiler_options
 from emu2_jax.config import DecoderConfig, ExperimentConfig, ModelConfig
 from emu2_jax.diffusion import schedule
 from emu2_jax.diffusion.sampler import denoise, guided
@@ -85,6 +86,7 @@ class DecoderTask:
             self.condition(params, batch, dropout_key),
             batch["time_ids"],
             remat=self.model.remat,
+            kernel=self.model.attention,
         )
         wanted = schedule.target(clean, noise, alpha_bar, self.decoder.prediction)
         errors = jnp.square(predicted - wanted).mean((1, 2, 3))
@@ -280,7 +282,7 @@ def check_finite(**finite: Bool[Array, ""]) -> None:
             raise NotFiniteError(f"{network}: gave numbers that are not finite, from parameters or inputs that are not")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), compiler_options=compiler_options.DRAWING)
 def _sample(
     config: DecoderConfig,
     compute_dtype: str,
@@ -322,7 +324,7 @@ def autoencode(
     return sample(config, params, embeddings, null, key, guidance_scale=guidance_scale, num_steps=num_steps)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, compiler_options=compiler_options.DRAWING)
 def encode(
     config: ModelConfig, visual_encoder_params: Params, images: UInt8[Array, "B S S 3"]
 ) -> tuple[Float[Array, "B N D"], Float[Array, "1 N D"]]:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from emu2_jax.config import UNetConfig
 from emu2_jax.diffusion.schedule import sinusoids
 from emu2_jax.errors import ConfigError
-from emu2_jax.models import layers
+from emu2_jax.models import attention, layers
 from emu2_jax.models.stack import Remat, Stack
 
 #: Micro-conditions of an image: original height and width, top and left of its crop, target height and width.
@@ -35,6 +35,9 @@ NUM_TIME_IDS = 6
 TIME_WIDTH_RATIO = 4
 #: Inner width of a transformer's MLP, relative to its channels. Source: diffusers `FeedForward`.
 MLP_RATIO = 4
+#: Self-attention of shorter sequences is products around a softmax whatever the kernel: the scores are small, and heads
+#: of 64 fill half of a register.
+MIN_KERNEL_POSITIONS = 1024
 LAYER_NORM_EPSILON = 1e-5  # Source: PyTorch's default, which diffusers keeps
 
 
@@ -98,9 +101,17 @@ class Attention(nnx.Module):
         self.to_out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B P C"], context: Float[Array, "B N D"], bias: Float[Array, "P N"] | None = None
+        self,
+        x: Float[Array, "B P C"],
+        context: Float[Array, "B N D"],
+        bias: Float[Array, "P N"] | None = None,
+        *,
+        kernel: attention.Kernel = "plain",
     ) -> Float[Array, "B P C"]:
+        """`kernel` is for self-attention without a bias; short sequences are left to plain products."""
         q, k, v = (self._split(values) for values in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        if kernel != "plain" and x.shape[1] >= MIN_KERNEL_POSITIONS:
+            return self.to_out(attention.attend(q, k, v, kernel=kernel).reshape(x.shape))
         return self.to_out(layers.attend(q, k, v, bias=bias).reshape(x.shape))
 
     def _split(self, values: Float[Array, "B P C"]) -> Float[Array, "B P H K"]:
@@ -131,10 +142,15 @@ class TransformerLayer(nnx.Module):
         self.ff = GatedMLP(width, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B P C"], condition: Float[Array, "B N D"], bias: Float[Array, "P N"] | None = None
+        self,
+        x: Float[Array, "B P C"],
+        condition: Float[Array, "B N D"],
+        bias: Float[Array, "P N"] | None = None,
+        *,
+        kernel: attention.Kernel = "plain",
     ) -> Float[Array, "B P C"]:
         normed = self.norm1(x)
-        x = x + self.attn1(normed, normed)
+        x = x + self.attn1(normed, normed, kernel=kernel)
         x = x + self.attn2(self.norm2(x), condition, bias)
         return x + self.ff(self.norm3(x))
 
@@ -155,14 +171,19 @@ class Transformer(nnx.Module):
         self.proj_out = nnx.Linear(width, width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], condition: Float[Array, "B N D"], *, remat: Remat = "none"
+        self,
+        x: Float[Array, "B H W C"],
+        condition: Float[Array, "B N D"],
+        *,
+        remat: Remat = "none",
+        kernel: attention.Kernel = "plain",
     ) -> Float[Array, "B H W C"]:
         inner = self.proj_in(self.norm(x).reshape(x.shape[0], -1, x.shape[-1]))
         bias = None
         if self.condition_radius is not None:
             bias = locality_bias(x.shape[1], x.shape[2], condition.shape[1], self.condition_radius)
         inner, _ = self.transformer_blocks.scan(
-            lambda layer, carry, _: (layer(carry, condition, bias), None), inner, remat=remat
+            lambda layer, carry, _: (layer(carry, condition, bias, kernel=kernel), None), inner, remat=remat
         )
         return x + self.proj_out(inner).reshape(x.shape)
 
@@ -238,11 +259,12 @@ class Block(nnx.Module):
         x: Float[Array, "B H W C"],
         time: Float[Array, "B E"],
         condition: Float[Array, "B N D"],
-        remat: Remat,
+        remat: Remat = "none",
+        kernel: attention.Kernel = "plain",
     ) -> Float[Array, "B H W C2"]:
         """Residual block `i` and the transformer that follows it."""
         x = rematerialized(self.resnets[str(i)], remat)(x, time)
-        return self.attentions[str(i)](x, condition, remat=remat) if i < self.num_transformers else x
+        return self.attentions[str(i)](x, condition, remat=remat, kernel=kernel) if i < self.num_transformers else x
 
 
 class UNet(nnx.Module):
@@ -286,10 +308,12 @@ class UNet(nnx.Module):
         pooled: Float[Array, "B Q"] | None = None,
         *,
         remat: Remat = "none",
+        kernel: attention.Kernel = "plain",
     ) -> Float[Array, "B H W C"]:
         """The network's prediction, float32. `pooled` defaults to the mean of the N embeddings.
 
-        Without micro-conditions `time_ids` and `pooled` are not read.
+        Without micro-conditions `time_ids` and `pooled` are not read. `kernel` computes the self-attention of large
+        maps.
         """
         time = self.embed_time(timesteps, condition, time_ids, pooled)
         condition = condition.astype(self.dtype)
@@ -299,17 +323,17 @@ class UNet(nnx.Module):
         for level in range(last + 1):
             block = self.down_blocks[str(level)]
             for i in range(block.num_resnets):
-                x = block.layer(i, x, time, condition, remat)
+                x = block.layer(i, x, time, condition, remat, kernel)
                 skips.append(x)
             if level < last:
                 x = self.downsamplers[str(level)](x)
                 skips.append(x)
         for i in range(self.mid_block.num_resnets):
-            x = self.mid_block.layer(i, x, time, condition, remat)
+            x = self.mid_block.layer(i, x, time, condition, remat, kernel)
         for level in range(last + 1):
             block = self.up_blocks[str(level)]
             for i in range(block.num_resnets):
-                x = block.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), time, condition, remat)
+                x = block.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), time, condition, remat, kernel)
             if level < last:
                 x = self.upsamplers[str(level)](x)
         return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)

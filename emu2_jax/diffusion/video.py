@@ -26,6 +26,7 @@ from emu2_jax.diffusion import decoder as decoder_lib
 from emu2_jax.diffusion.decoder import DecoderTask, Network, merge_unet
 from emu2_jax.diffusion.schedule import sinusoids
 from emu2_jax.diffusion.unet import Attention, Transformer, UNet
+from emu2_jax.models import attention
 from emu2_jax.models.stack import Stack
 from emu2_jax.task import Batch, Losses, Params
 
@@ -93,8 +94,10 @@ class SpaceTimeAttention(nnx.Module):
     def __init__(self, space: Attention, time: TemporalAttention, num_frames: int) -> None:
         self.space, self.time, self.num_frames = space, time, num_frames
 
-    def __call__(self, x: Float[Array, "BT P C"], context: Float[Array, "BT P C"]) -> Float[Array, "BT P C"]:
-        return self.space(x, context) + self.time(x, self.num_frames)
+    def __call__(
+        self, x: Float[Array, "BT P C"], context: Float[Array, "BT P C"], *, kernel: attention.Kernel = "plain"
+    ) -> Float[Array, "BT P C"]:
+        return self.space(x, context, kernel=kernel) + self.time(x, self.num_frames)
 
 
 def spatial_convolutions(unet: UNet) -> dict[Path, nnx.Conv]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from emu2_jax.models import layers
+from emu2_jax.sharding import ROWS
 
 Kernel = Literal["auto", "plain", "splash", "cudnn"]
 
@@ -115,21 +118,42 @@ def _splash(
         def of_row(q: Array, k: Array, v: Array, document: Array | None) -> Any:
             return run(q, k, v, None if document is None else splash.SegmentIds(q=document, kv=document))
 
-        return jax.vmap(of_row)(q, k, v, document)
+        mixed: Array = jax.vmap(of_row)(q, k, v, document)
+        return mixed
 
-    mixed = _over_heads(of_heads)(q, k, v, document)
+    mixed = _on_each_device(of_heads, q, k, v, document)
     return mixed.transpose(0, 2, 1, 3)[:, :length, :, :width].astype(q.dtype)
 
 
-def _over_heads(of_heads: Callable[..., Array]) -> Callable[..., Array]:
-    """Each device of the mesh's `tensor` axis works on its own heads: a compiler cannot divide a kernel by itself."""
+def _on_each_device(
+    kernel: Callable[..., Array],
+    q: Float[Array, "B H S L"],
+    k: Float[Array, "B G S L"],
+    v: Float[Array, "B G S L"],
+    document: Int[Array, "B S"] | None,
+) -> Float[Array, "B H S L"]:
+    """`kernel` of each device's rows and heads where the compiler spreads them: it cannot cut a kernel itself.
+
+    In a program whose rows are spread by hand (`emu2_jax.shards`) only heads are left to spread, and on one device
+    nothing. What does not divide, such as the one image that stands for all nulls, is computed everywhere.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape.get("tensor", 1) == 1 or "tensor" in mesh.manual_axes:
-        return of_heads
-    heads = P(None, "tensor")
-    return jax.shard_map(
-        of_heads, in_specs=(heads, heads, heads, P()), out_specs=heads, axis_names={"tensor"}, check_vma=False
+    left = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    if math.prod(mesh.shape[axis] for axis in left) == 1:
+        return kernel(q, k, v, document)
+
+    def spread(axes: tuple[str, ...], *sizes: int) -> tuple[str, ...] | None:
+        axes = tuple(axis for axis in axes if axis in left)
+        devices = math.prod(mesh.shape[axis] for axis in axes)
+        return axes if axes and all(size % devices == 0 for size in sizes) else None
+
+    rows, heads = spread(ROWS, q.shape[0]), spread(("tensor",), q.shape[1], k.shape[1])
+    spec = P(rows, heads)
+    # Replicated along the other axes. A kernel has no rule for what varies where.
+    on_devices = jax.shard_map(
+        kernel, in_specs=(spec, spec, spec, P(rows)), out_specs=spec, axis_names=left, check_vma=False
     )
+    return on_devices(q, k, v, document)
 
 
 def _splash_kernel(length: int, heads: int, *, causal: bool, interpret: bool) -> splash.SplashAttentionKernel:

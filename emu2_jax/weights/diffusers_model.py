@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from emu2_jax import compiler_options
 from emu2_jax.config import DecoderConfig
 from emu2_jax.diffusion import schedule
 from emu2_jax.diffusion.decoder import alpha_bars, check_finite, merge_unet
@@ -169,18 +170,18 @@ def from_diffusers(
     return DiffusersModel(config, params)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, compiler_options=compiler_options.DRAWING)
 def _forward(config: DecoderConfig, params: Params, x: Array, t: Array, condition: Array, *rest: Array | None) -> Array:
     return merge_unet(config, params, "float32")(x, t, condition, *rest)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, compiler_options=compiler_options.DRAWING)
 def _encode(config: DecoderConfig, params: Params, images: Array, noise: Array | None) -> Array:
     posterior = merge_vae(config.vae, params).encode(images)
     return (posterior.mean if noise is None else posterior.sample_with(noise)) * config.latent_scale
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, compiler_options=compiler_options.DRAWING)
 def _decode(config: DecoderConfig, params: Params, latents: Array) -> Array:
     return ScaledAutoencoder(merge_vae(config.vae, params), config.vae, config.latent_scale).decode(latents)
 
@@ -195,7 +196,7 @@ def _loss_and_gradients(
     return jax.value_and_grad(loss)(params)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=compiler_options.DRAWING)
 def _sample(
     config: DecoderConfig,
     num_steps: int,

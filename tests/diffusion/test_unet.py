@@ -11,9 +11,11 @@ from flax import nnx
 from tiny import random_parameters
 
 from emu2_jax.config import UNetConfig
+from emu2_jax.diffusion import unet
 from emu2_jax.diffusion.unet import (
     Block,
     Transformer,
+    TransformerLayer,
     UNet,
     check,
     down_widths,
@@ -22,6 +24,7 @@ from emu2_jax.diffusion.unet import (
     up_widths,
 )
 from emu2_jax.errors import ConfigError
+from emu2_jax.models import attention
 
 TINY = UNetConfig(
     in_channels=3,
@@ -168,6 +171,22 @@ def test_recomputation_does_not_change_the_gradient() -> None:
     wanted = gradient("none")
     for remat in ("dots", "full"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient(remat), wanted)
+
+
+def test_self_attention_of_a_large_map_is_the_same_by_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splash, interpreted; cross-attention stays plain, and so does a map that is not large."""
+    monkeypatch.setattr(unet, "MIN_KERNEL_POSITIONS", 130)
+    layer = TransformerLayer(TINY, 16, 2, dtype=FLOAT32, rngs=nnx.Rngs(params=0))
+    condition = jax.random.normal(jax.random.key(1), (1, 5, 6))
+
+    def run(positions: int, kernel: attention.Kernel) -> Any:
+        x = jax.random.normal(jax.random.key(0), (1, positions, 16))
+        return jax.make_jaxpr(lambda x: layer(x, condition, kernel=kernel))(x), layer(x, condition, kernel=kernel)
+
+    jaxpr, found = run(130, "splash")
+    assert str(jaxpr).count("pallas_call") == 1
+    np.testing.assert_allclose(found, run(130, "plain")[1], rtol=1e-4, atol=3e-5)
+    assert "pallas_call" not in str(run(129, "splash")[0])
 
 
 def test_group_norm_of_a_worked_example() -> None:
