@@ -51,15 +51,15 @@ MODEL = ModelConfig(
         block_norm="pre",
         final_norm=True,
     ),
-    language=LanguageConfig(vocab_size=VOCAB_SIZE, width=128, num_layers=3, num_heads=4, num_kv_heads=4, mlp_width=256),
+    language=LanguageConfig(vocab_size=VOCAB_SIZE, width=128, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=256),
     num_visual_tokens=1,
     compute_dtype="float32",
     frozen_dtype="float32",
     remat="none",
 )
 
-NAMED = SourceConfig(name="named", kind="image_text", shards=f"{DATA}/train/named-*.tar", weight=0.7)
-PAIRS = SourceConfig(name="pairs", kind="image_text", shards=f"{DATA}/train/pairs-*.tar", weight=0.3)
+NAMED = SourceConfig(name="named", kind="image_text", shards=f"{DATA}/train/named-*.tar", weight=0.85)
+PAIRS = SourceConfig(name="pairs", kind="image_text", shards=f"{DATA}/train/pairs-*.tar", weight=0.15)
 
 
 def _stored(kind: str, weight: float) -> SourceConfig:
@@ -88,7 +88,7 @@ def stage1a() -> ExperimentConfig:
             image_first_probability=1.0,
         ),
         optimizer=OptimizerConfig(
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             frozen=("project_down",),
             warmup_ratio=0.02,
             beta2=0.98,
@@ -111,7 +111,7 @@ def _reading(name: str, sources: tuple[SourceConfig, ...], steps: int, init_from
     return dataclasses.replace(
         base,
         name=name,
-        data=dataclasses.replace(base.data, sources=sources, global_batch_rows=16),
+        data=dataclasses.replace(base.data, sources=sources, global_batch_rows=8),
         optimizer=dataclasses.replace(base.optimizer, frozen=("visual_encoder", "project_down"), learning_rate=3e-3),
         train=TrainConfig(num_steps=steps, init_from=f"{RUN}/{init_from}"),
     )

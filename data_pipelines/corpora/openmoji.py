@@ -39,6 +39,7 @@ from data_pipelines.corpora.openmoji_in_context import (
     Episode,
     Episodes,
     Split,
+    centred_emoji,
     one_emoji,
     random_training_episode,
 )
@@ -328,13 +329,15 @@ def _training_scene(index: int, settings: OpenMojiSettings, rng: random.Random) 
 
 
 def _named(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
-    """The pictures of the task of names, under the emoji's real names: from these an encoder learns what differs."""
+    """Pictures under the emoji's real names, from which an encoder learns what differs: every other one as in the task
+    of names, the rest large, in the middle and on a plain background, where it is learnt first."""
     seen, _, rules = _split(settings)
-    emoji = seen[index % len(seen)]
+    turn, which = divmod(index, len(seen))
+    make = centred_emoji if turn % 2 else one_emoji
     while True:
-        scene = one_emoji(emoji, settings.image_size, rng)
+        scene = make(seen[which], settings.image_size, rng)
         if not rules.holds_out_any([scene]):
-            return {"png": _png(render(scene)), "txt": emoji.name.encode()}
+            return {"png": _png(render(scene)), "txt": seen[which].name.encode()}
 
 
 def _heldout_pair(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:

@@ -335,6 +335,11 @@ def one_emoji(emoji: Emoji, image_size: int, rng: random.Random) -> Scene:
     return random_scene([emoji], image_size=image_size, max_count=2, rng=rng)
 
 
+def centred_emoji(emoji: Emoji, image_size: int, rng: random.Random) -> Scene:
+    """A large drawing in the middle of a plain background."""
+    return Scene(image_size, _plain(rng), (_single(emoji, "centre", ("centre",), image_size, rng),))
+
+
 #: Examples of a training document: as many as give 9 to 16 pictures.
 TRAINING_EXAMPLES: Mapping[Task, int] = {
     "names": 15,
