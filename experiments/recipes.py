@@ -24,7 +24,6 @@ RECIPES: Mapping[str, Callable[[], ExperimentConfig]] = {
     "openmoji_tiny_video_decoder": openmoji_video.video_decoder,
     "openmoji_small_stage1a": openmoji_small.stage1a,
     "openmoji_small_stage1b": openmoji_small.stage1b,
-    "openmoji_small_stage1c": openmoji_small.stage1c,
     "openmoji_small_stage2": openmoji_small.stage2,
     "openmoji_64_stage1": openmoji_64.stage1,
     "openmoji_64_decoder": openmoji_64.decoder,
