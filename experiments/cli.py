@@ -595,7 +595,8 @@ def _evaluate_in_context(arguments: argparse.Namespace, rest: list[str]) -> None
     shots = result["shots"]
     print(f"{'accuracy, %':<18} {'prompt':<10}" + "".join(f"{f'{count} shots':>20}" for count in shots))
     for task, by_condition in result["tasks"].items():
-        for condition, cells in by_condition.items():
+        nearest = {"nearest": result["nearest_picture"][task]} if task in result["nearest_picture"] else {}
+        for condition, cells in (by_condition | nearest).items():
             row = (cells.get(str(count)) for count in shots)
             shown = (
                 "-" if cell is None else f"{cell['accuracy']:.1%} [{cell['low']:.0%}, {cell['high']:.0%}]"

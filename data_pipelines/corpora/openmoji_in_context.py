@@ -46,7 +46,6 @@ TASKS: tuple[Task, ...] = get_args(Task)
 #: Emoji that take part in an episode of names, each under a name of its own; blind guessing among them gives 1 / 8.
 NUM_NAMES = 8
 NUM_WRONG = 3  #: pictures beside the right one, where a picture is asked for; blind guessing gives 1 / 4
-REAL_NAME_SHARE = 0.5  #: of the training documents of names: these say what emoji are really called
 HELD_OUT_SHARE = 0.1  #: of names and of notations
 
 _CONSONANTS = "bdfgjklmnprstvwz"
@@ -198,8 +197,16 @@ class Episodes:
             "patterns": self._pattern,
             "settings": self._settings,
         }
+        return self._shown_in_split(lambda: make[task](num_examples, rng))
+
+    def draw_two_names(self, rng: random.Random) -> Episode:
+        """The easiest task of all, to begin with: two emoji, each of them four times."""
+        return self._shown_in_split(lambda: self._names(7, rng, kinds=2))
+
+    def _shown_in_split(self, make: Callable[[], Episode]) -> Episode:
+        """An episode that shows nothing which is held out, unless all are."""
         while True:
-            episode = make[task](num_examples, rng)
+            episode = make()
             if self._split == "heldout" or not self._holds_out_any(episode):
                 return episode
 
@@ -207,16 +214,15 @@ class Episodes:
         """Whether a picture shows what training pictures never show."""
         return any(self._rules.holds_out_any([shown.scene]) for one in episode.all_examples for shown in one.pictures)
 
-    def _names(self, num_examples: int, rng: random.Random) -> Episode:
+    def _names(self, num_examples: int, rng: random.Random, kinds: int | None = None) -> Episode:
         """Held out: every emoji once, in any order, as far as the examples go, and a query for any of them. In training
         there are fewer emoji in some documents and each comes back several times, so that most names can be foretold.
         """
         training = self._split == "train"
-        kinds = rng.randint(2, NUM_NAMES) if training else NUM_NAMES
+        if kinds is None:
+            kinds = rng.randint(2, NUM_NAMES) if training else NUM_NAMES
         emoji = rng.sample(self._emoji, kinds)
         names: list[str] = []
-        if training and rng.random() < REAL_NAME_SHARE:
-            names = [one.name for one in emoji]
         while len(names) < kinds:
             name = random_name(rng, self._split)
             if name not in names:
@@ -227,12 +233,12 @@ class Episodes:
         if not training:
             turns = [*turns[:num_examples], rng.randrange(kinds)]
         return _episode(
-            "names", [Example((Shown(self._one(emoji[turn], rng)),), names[turn]) for turn in turns[: num_examples + 1]]
+            "names",
+            [
+                Example((Shown(one_emoji(emoji[turn], self._size, rng)),), names[turn])
+                for turn in turns[: num_examples + 1]
+            ],
         )
-
-    def _one(self, emoji: Emoji, rng: random.Random) -> Scene:
-        """A picture of one or two drawings of an emoji, anywhere, on any background."""
-        return random_scene([emoji], image_size=self._size, max_count=2, rng=rng)
 
     def _formats(self, num_examples: int, rng: random.Random) -> Episode:
         notation = random_notation(rng, self._split)
@@ -324,8 +330,18 @@ class Episodes:
         return _episode("settings", examples, wrong)
 
 
+def one_emoji(emoji: Emoji, image_size: int, rng: random.Random) -> Scene:
+    """A picture of one or two drawings of an emoji, anywhere, on any background."""
+    return random_scene([emoji], image_size=image_size, max_count=2, rng=rng)
+
+
+def centred_emoji(emoji: Emoji, image_size: int, rng: random.Random) -> Scene:
+    """A large drawing in the middle of a plain background."""
+    return Scene(image_size, _plain(rng), (_single(emoji, "centre", ("centre",), image_size, rng),))
+
+
 #: Examples of a training document: as many as give 9 to 16 pictures.
-_TRAINING_EXAMPLES: Mapping[Task, int] = {
+TRAINING_EXAMPLES: Mapping[Task, int] = {
     "names": 15,
     "formats": 8,
     "counting": 8,
@@ -334,7 +350,6 @@ _TRAINING_EXAMPLES: Mapping[Task, int] = {
     "settings": 4,
 }
 _TRAINING_WEIGHTS: Mapping[Task, int] = {
-    "names": 6,
     "formats": 2,
     "counting": 1,
     "marks": 2,
@@ -344,9 +359,9 @@ _TRAINING_WEIGHTS: Mapping[Task, int] = {
 
 
 def random_training_episode(episodes: Episodes, rng: random.Random) -> Episode:
-    """An episode of any task, names most often: it is the one that nothing but the context can answer."""
+    """An episode of any task but names, of which there are documents enough by themselves."""
     (task,) = rng.choices(list(_TRAINING_WEIGHTS), weights=list(_TRAINING_WEIGHTS.values()))
-    return episodes.draw(task, _TRAINING_EXAMPLES[task], rng)
+    return episodes.draw(task, TRAINING_EXAMPLES[task], rng)
 
 
 def _episode(task: Task, examples: Sequence[Example], wrong: Sequence[Shown] = ()) -> Episode:

@@ -204,6 +204,28 @@ def _draw(batch: Sequence[_Question], model: Model) -> Iterator[Answered]:
         yield Answered(episode.key, episode.task, count, condition, prompt, "", answer, nearest == 0, None)
 
 
+def nearest_pictures(episodes: Sequence[Episode], shots: Sequence[int], model: Model) -> dict[str, dict[str, float]]:
+    """shots -> how often the example whose picture's embeddings are nearest to the query's has the right answer.
+
+    No language model takes part: it is what the encoder lets one read out of the examples, by the cosine of embeddings
+    less the mean of all. `episodes` have one picture an example and answer it with a text.
+    """
+    pictures = [[one.images[0] for one in (*episode.examples, episode.query)] for episode in episodes]
+    embedded = [model.embeddings(some).reshape(len(some), -1) for some in pictures]
+    mean = np.concatenate(embedded).mean(0)
+    found: dict[str, dict[str, float]] = {}
+    for count in shots:
+        right = []
+        for episode, own in zip(episodes, embedded, strict=True):
+            texts = [one.text for one in episode.examples]
+            directions = (own - mean) / np.maximum(np.linalg.norm(own - mean, axis=1, keepdims=True), 1e-12)
+            likeness = directions[:-1] @ directions[-1]
+            first = len(texts) - count
+            right.append(count > 0 and texts[first + int(likeness[first:].argmax())] == episode.query.text)
+        found[str(count)] = Accuracy.of(right)._asdict()
+    return found
+
+
 def summarise(answered: Sequence[Answered]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """task -> condition -> shots -> accuracy with its interval. A task whose answers have a notation is there twice:
     "formats" counts answers that are right as a whole, "formats_notation" those in the right notation."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.episodes import Episode, Example
-from emu2_jax.evaluation.in_context import Accuracy, Answered, Link, measure, prompt_of, summarise
+from emu2_jax.evaluation.in_context import Accuracy, Answered, Link, measure, nearest_pictures, prompt_of, summarise
 
 
 def picture(value: int) -> np.ndarray:
@@ -72,6 +72,18 @@ def test_a_copier_is_as_good_as_its_examples_and_the_controls_show_it() -> None:
         "shuffled": {"2": 0.0, "4": 0.0},
         "no_images": {"1": 0.0, "2": 0.0, "4": 0.0},
     }
+
+
+def test_the_nearest_picture_says_the_name_where_the_encoder_tells_pictures_apart() -> None:
+    class Directions(Copier):
+        def embeddings(self, images: Sequence[Any]) -> np.ndarray:
+            return np.stack([10 + np.eye(4, dtype=np.float32)[None, image[0, 0, 0]] for image in images])
+
+    shots = (0, 1, 2, 4)
+    found = nearest_pictures(EPISODES, shots, Directions())
+    assert [found[str(count)]["accuracy"] for count in shots] == [0.0, 0.25, 0.5, 1.0]
+    alike = nearest_pictures(EPISODES, shots, Copier())  # one number a picture: a direction is its sign and no more
+    assert alike["4"]["accuracy"] < 1.0
 
 
 def test_prompts() -> None:

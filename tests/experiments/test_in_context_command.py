@@ -24,8 +24,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("small") / "data"
     none = dict.fromkeys(("num_interleaved", "num_videos", "num_storyboards", "num_grounded", "num_unseen"), 0)
     settings = OpenMojiSettings(
-        num_pairs=40, num_text=20, num_heldout_scenes=0, num_episodes=40, num_questions=12, vocab_size=512, **none
-    )
+        num_pairs=40, num_named=40, num_text=20, num_heldout_scenes=0, num_names=0, num_episodes=0, num_questions=12,
+        vocab_size=512, **none,
+    )  # fmt: skip
     build(path, settings, processes=1, progress=lambda what, done, total: None)
     return path
 
@@ -33,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("small_run")
-    cli.main(["train", "openmoji_small_stage1", "--workdir", str(path / "stage1"), *flags(data)])
+    cli.main(["train", "openmoji_small_stage1a", "--workdir", str(path / "stage2"), *flags(data)])
     return path
 
 
@@ -42,7 +43,7 @@ def flags(data: Path) -> list[str]:
         *TINY,
         f"data.tokenizer={data}/tokenizer.model",
         f"data.sources.pairs.shards={data}/train/pairs-*.tar",
-        f"data.sources.episodes.shards={data}/train/episodes-*.tar",
+        f"data.sources.named.shards={data}/train/named-*.tar",
         f"evaluation.in_context={data}/heldout/questions-*.tar",
         *("train.num_steps=2", "data.global_batch_rows=1", "data.read_threads=0"),
     )

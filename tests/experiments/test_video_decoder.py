@@ -58,7 +58,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("motion") / "data"
     settings = OpenMojiSettings(
         num_pairs=8, num_interleaved=0, num_videos=8, num_storyboards=0, num_grounded=0, num_text=40,
-        num_episodes=0, num_questions=0, num_heldout_scenes=0, num_unseen=0, num_emoji=40, vocab_size=600,
+        num_names=0, num_episodes=0, num_questions=0, num_heldout_scenes=0, num_unseen=0, num_emoji=40, vocab_size=600,
     )  # fmt: skip
     build(directory, settings, processes=1, progress=lambda *_: None)
     return directory
