@@ -12,7 +12,8 @@ r"""A small Emu2 that learns in context: it answers from the examples in its pro
 
 Stage 1a looks: pictures and their names, text loss only, all parts train. The others read what its encoder makes of the
 pictures from a store, so that a step costs as much as the language model alone: 1b two emoji a document under made-up
-names, text loss only; 2 up to eight, and all other tasks, regression too. docs/in-context.md has what comes out.
+names, text loss only; 2 up to eight, and all other tasks, regression too. docs/in-context.md says how far
+a shorter trial of them came: not far enough to learn in context.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def stage1a() -> ExperimentConfig:
             weight_decay=0.01,
             clip_norm=1.0,
         ),
-        train=TrainConfig(num_steps=6_000),
+        train=TrainConfig(num_steps=30_000),
         checkpoint=CheckpointConfig(every_steps=1_000),
         evaluation=EvaluationConfig(
             scenes=f"{DATA}/heldout/scenes-*.tar",
@@ -112,7 +113,7 @@ def stage1b() -> ExperimentConfig:
         name="openmoji_small_stage1b",
         data=dataclasses.replace(base.data, sources=(_stored("two_names", 1.0),), global_batch_rows=8),
         optimizer=dataclasses.replace(base.optimizer, frozen=("visual_encoder", "project_down"), learning_rate=3e-3),
-        train=TrainConfig(num_steps=2_000, init_from=f"{RUN}/stage1a"),
+        train=TrainConfig(num_steps=10_000, init_from=f"{RUN}/stage1a"),
     )
 
 
@@ -123,7 +124,14 @@ def stage2() -> ExperimentConfig:
         base,
         name="openmoji_small_stage2",
         objective=dataclasses.replace(base.objective, regression_loss_weight=1.0),
-        data=dataclasses.replace(base.data, sources=(_stored("names", 0.7), _stored("episodes", 0.3))),
+        # Documents of formats take up to 180 positions.
+        data=dataclasses.replace(
+            base.data,
+            sources=(_stored("names", 0.7), _stored("episodes", 0.3)),
+            row_length=256,
+            image_slots=32,
+            global_batch_rows=4,
+        ),
         optimizer=dataclasses.replace(base.optimizer, frozen=("visual_encoder",), learning_rate=2e-3),
-        train=TrainConfig(num_steps=2_000, init_from=f"{RUN}/stage1b"),
+        train=TrainConfig(num_steps=15_000, init_from=f"{RUN}/stage1b"),
     )
