@@ -38,10 +38,14 @@ SLICES = Path(__file__).with_name("meshes")
 
 
 def slice_settings(recipe: str, topology: Topology) -> Path | None:
-    """The override file that lays the recipe on the slice; None where there is none."""
+    """The override file that lays the recipe on the slice, or that of its family (`decoder` for `decoder_512`)."""
     slices = f"_x{topology.slices}" if topology.slices > 1 else ""
-    name = f"{recipe.removeprefix('emu2_37b_')}_{topology.name.replace('-', '_')}{slices}.gin"
-    return SLICES / name if (SLICES / name).exists() else None
+    own = recipe.removeprefix("emu2_37b_")
+    for name in (own, own.rpartition("_")[0]):
+        file = SLICES / f"{name}_{topology.name.replace('-', '_')}{slices}.gin"
+        if file.exists():
+            return file
+    return None
 
 
 class PlanDoesNotFit(UserError):

@@ -48,6 +48,20 @@ def test_every_source_has_a_batch_shape_of_its_own() -> None:
     assert shapes["text"]["images"][0] == (768, 0, 448, 448, 3)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "name", "slices", "file"),
+    [
+        ("emu2_37b_stage2", "v5p-128", 1, "stage2_v5p_128.gin"),
+        ("emu2_37b_stage1a", "v5e-256", 2, "stage1a_v5e_256_x2.gin"),
+        ("emu2_37b_decoder_512", "v5e-256", 1, "decoder_v5e_256.gin"),
+        ("openmoji_tiny_stage1", "v5e-4", 1, None),
+    ],
+)
+def test_a_slice_has_settings_for_a_recipe_or_its_family(recipe: str, name: str, slices: int, file: str | None) -> None:
+    found = plan_lib.slice_settings(recipe, find(name, slices))
+    assert (None if found is None else found.name) == file
+
+
 def test_parameters_are_not_sharded_across_slices() -> None:
     with pytest.raises(ConfigError, match=r"mesh\.data: is 1, .* --gin\.mesh\.data=2"):
         plan_lib.plan(recipes.get("emu2_37b_stage2"), find("v5p-128", 2), devices=[])
