@@ -53,6 +53,9 @@ SETTINGS = OpenMojiSettings(
     num_videos=20,
     num_storyboards=15,
     num_grounded=40,
+    num_named=10,
+    num_two_names=10,
+    num_names=20,
     num_episodes=60,
     num_questions=0,
     num_heldout_scenes=60,
@@ -328,7 +331,7 @@ def test_story_events_say_what_changed() -> None:
 def test_counts_and_keys(corpus: Path) -> None:
     info = json.loads((corpus / "corpus.json").read_text())
     training = {"pairs": 240, "interleaved": 60, "text": 50, "videos": 20, "storyboards": 15, "grounded": 40}
-    training |= {"episodes": 60}
+    training |= {"named": 10, "two_names": 10, "names": 20, "episodes": 60}
     kinds = training | {"scenes": 60, "unseen": 20}
     assert info["samples"] == kinds
     keys = [key for kind in kinds for key, _ in samples(corpus, kind)]
@@ -546,6 +549,7 @@ def test_killed_build_starts_anew(tmp_path: Path) -> None:
         "num_videos": 0,
         "num_storyboards": 0,
         "num_grounded": 0,
+        "num_names": 0,
         "num_episodes": 0,
         "num_questions": 0,
     }
