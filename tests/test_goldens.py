@@ -179,7 +179,7 @@ def images_scaled_to_one_half(patch: Patch) -> None:
 
 
 def interleaved_rotary(patch: Patch) -> None:
-    def rotate(x: jax.Array, positions: jax.Array, *, base: float) -> jax.Array:
+    def rotate(x: jax.Array, positions: jax.Array, *, base: float, **_: bool) -> jax.Array:
         half = x.shape[-1] // 2
         angle = positions[:, :, None, None] * base ** (-jnp.arange(half) / half)
         even, odd = x[..., ::2], x[..., 1::2]
@@ -190,7 +190,7 @@ def interleaved_rotary(patch: Patch) -> None:
 
 
 def no_rotary(patch: Patch) -> None:
-    patch.setattr(layers, "rotate", lambda x, positions, *, base: x)
+    patch.setattr(layers, "rotate", lambda x, positions, **_: x)
 
 
 def attention_without_scale(patch: Patch) -> None:
