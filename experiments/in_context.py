@@ -62,8 +62,7 @@ class TrainedModel:
 
     def __init__(self, config: ExperimentConfig, params: Params, tokenizer: Tokenizer, longest_answer: int) -> None:
         self._tokenizer = tokenizer
-        # Training rows are packed, and cut what does not fit; some questions with eight examples are longer.
-        self._generator = Generator(config.model, params, tokenizer, context=2 * config.data.row_length)
+        self._generator = Generator(config.model, params, tokenizer, context=config.data.row_length)
         self._wanted = Wanted(max_tokens=longest_answer)
         self._encode = jax.jit(functools.partial(encode_images, config.model))
         self._params = params

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from emu2_jax import sharding
 from emu2_jax.config import ModelConfig
 from emu2_jax.errors import ConfigError
 from emu2_jax.generation import beam, loop, network
@@ -446,7 +447,7 @@ class Generator:
 
     def _place(self, tree: Any) -> Any:
         """Rows on the devices that hold them."""
-        return jax.device_put(tree, None if self.mesh is None else NamedSharding(self.mesh, P(network.ROWS)))
+        return jax.device_put(tree, None if self.mesh is None else NamedSharding(self.mesh, P(sharding.ROWS)))
 
     def _fetch(self, tree: Any) -> Any:
         return jax.device_get(tree if self.mesh is None else self._gather(tree))
@@ -455,7 +456,7 @@ class Generator:
         """The jitted functions. Each is compiled once per bucket of its shapes."""
         config, where = self.config, network.cache_sharding(self.mesh)
         language, dtype = config.language, self._dtype
-        rows_only = None if self.mesh is None else NamedSharding(self.mesh, P(network.ROWS))
+        rows_only = None if self.mesh is None else NamedSharding(self.mesh, P(sharding.ROWS))
 
         def empty(rows: int, capacity: int) -> Cache:
             return network.empty_cache(language, rows, capacity, dtype)

@@ -22,9 +22,6 @@ from emu2_jax.config import LanguageConfig, ModelConfig
 from emu2_jax.models import layers, llama
 from emu2_jax.task import Params
 
-#: The mesh axes that rows are spread over.
-ROWS = ("data", "fsdp")
-
 
 class Cache(NamedTuple):
     """Keys (after rotation) and values, one array per layer. S slots.
@@ -73,7 +70,7 @@ def grow_cache(cache: Cache, rows: int, capacity: int) -> Cache:
 
 def cache_sharding(mesh: Mesh | None) -> NamedSharding | None:
     """Rows over `data` and `fsdp`, key/value heads over `tensor`, as the weights of k and v lie."""
-    return None if mesh is None else NamedSharding(mesh, P(ROWS, "tensor"))
+    return None if mesh is None else NamedSharding(mesh, P(sharding.ROWS, "tensor"))
 
 
 def prepare(config: ModelConfig, params: Params, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Any]:

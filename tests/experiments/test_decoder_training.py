@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from experiments import cli
 from experiments.inputs import make_task
 from experiments.previews import open_previews
 from experiments.runs import load_config, load_params
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 NUM_STEPS = 6
 SETTINGS = [
@@ -54,22 +55,6 @@ def run(*arguments: str | Path) -> None:
 
 def start(workdir: Path, gin_file: Path, *more: str) -> None:
     run("train", "openmoji_tiny_decoder", "--workdir", workdir, f"--gin_file={gin_file}", *SETTINGS, *more)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Several runs here take the same step and draw with the same sampler."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

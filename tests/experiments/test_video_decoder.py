@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -22,6 +21,8 @@ from experiments.animation import check_new_animation, write_animation
 from experiments.evaluate_clips import IMAGE, IMAGE_ONE_NOISE, STILL, VIDEO, evaluate_clips
 from experiments.runs import load_config, load_params
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 TINY = """\
 model.vision.width = 16
 model.vision.num_layers = 1
@@ -35,21 +36,6 @@ decoder.batch_images = 2
 data.read_threads = 0
 train.log_every_steps = 1
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Several runs here take the same step."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
